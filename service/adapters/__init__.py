@@ -1,0 +1,1 @@
+"""Generated adapters: PEFT directories, cached records, slots of the bank."""

@@ -1,0 +1,130 @@
+"""A generated adapter as it is cached: its vector, and the facts that a receipt states."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float16
+from safetensors import SafetensorError
+from torch import Tensor
+
+from service.errors import InvalidAdapterError, InvalidInputError
+from service.synthesis.layout import AdapterLayout
+from service.synthesis.synthesizer import (
+    VECTOR_DTYPE,
+    AdapterRecipe,
+    NearestTask,
+    SynthesizedAdapter,
+    digest_vector,
+)
+
+_METADATA_KEY = "record"
+_HEADER_LENGTH_BYTES = 8
+_MALFORMED = (
+    SafetensorError,
+    InvalidInputError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,  # JSON nested thousands deep
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterRecord:
+    """One generated adapter. Records are shared between requests: never write to `vector`.
+
+    Attributes:
+        recipe: what the adapter was generated from; determines its id.
+        layout_digest: digest of the layout that gives `vector` its meaning.
+        vector: the canonical adapter values, on the CPU.
+        vector_sha256: sha256 of the bytes of `vector`.
+        nearest: training tasks most similar to the description, nearest first.
+        in_distribution: how much the description resembles the training tasks, 0..1.
+    """
+
+    recipe: AdapterRecipe
+    layout_digest: str
+    vector: Float16[Tensor, " num_params"]
+    vector_sha256: str
+    nearest: tuple[NearestTask, ...]
+    in_distribution: float
+
+    @classmethod
+    def from_synthesized(
+        cls, adapter: SynthesizedAdapter, layout: AdapterLayout
+    ) -> "AdapterRecord":
+        """Takes over what the synthesizer made, without copying the vector."""
+        return cls(
+            adapter.recipe,
+            layout.digest,
+            adapter.vector,
+            adapter.vector_sha256,
+            adapter.nearest,
+            adapter.in_distribution,
+        )
+
+    @property
+    def adapter_id(self) -> str:
+        """sha256 of the recipe, in hex."""
+        return self.recipe.adapter_id
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the vector in bytes."""
+        return self.vector.nbytes
+
+    def to_bytes(self) -> bytes:
+        """The record as safetensors: the tensor `vector`, the rest as JSON in the header."""
+        body = {
+            "recipe": self.recipe.to_json(),
+            "layout_digest": self.layout_digest,
+            "vector_sha256": self.vector_sha256,
+            "nearest": [[task.name, task.similarity] for task in self.nearest],
+            "in_distribution": self.in_distribution,
+        }
+        metadata = {_METADATA_KEY: json.dumps(body, sort_keys=True, allow_nan=False)}
+        return safetensors.torch.save({"vector": self.vector}, metadata=metadata)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, layout: AdapterLayout) -> "AdapterRecord":
+        """Reads `to_bytes`, trusting nothing.
+
+        Raises:
+            InvalidAdapterError: the bytes are malformed, of another layout, altered (the
+                vector does not have its sha256), or not finite.
+        """
+        try:
+            vector = safetensors.torch.load(content)["vector"]
+            body = json.loads(_read_header(content)["__metadata__"][_METADATA_KEY])
+            layout_digest, vector_sha256 = body["layout_digest"], body["vector_sha256"]
+            recipe = AdapterRecipe.from_json(body["recipe"])
+            nearest = tuple(NearestTask(str(n), float(s)) for n, s in body["nearest"])
+            in_distribution = float(body["in_distribution"])
+        except _MALFORMED as error:
+            raise InvalidAdapterError(f"malformed adapter record: {error}") from error
+        if layout_digest != layout.digest:
+            raise InvalidAdapterError("the adapter record belongs to another adapter layout")
+        if vector.shape != (layout.num_params,) or vector.dtype != VECTOR_DTYPE:
+            raise InvalidAdapterError(
+                f"the adapter record holds {vector.dtype} of shape {tuple(vector.shape)}, "
+                f"expected {VECTOR_DTYPE} of shape ({layout.num_params},)"
+            )
+        if digest_vector(vector) != vector_sha256:
+            raise InvalidAdapterError("the adapter record does not match its sha256")
+        if not torch.isfinite(vector).all():
+            raise InvalidAdapterError("the adapter record holds values that are not finite")
+        return cls(recipe, layout_digest, vector, vector_sha256, nearest, in_distribution)
+
+
+def _read_header(content: bytes) -> dict[str, Any]:
+    """Header of a safetensors file: 8 bytes of little-endian length, then JSON.
+
+    `safetensors.torch.load` checks it but does not return its metadata.
+    """
+    length = int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
+    end = _HEADER_LENGTH_BYTES + length
+    header: dict[str, Any] = json.loads(content[_HEADER_LENGTH_BYTES:end])
+    return header

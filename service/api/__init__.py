@@ -1,0 +1,1 @@
+"""HTTP interface: routes, schemas, RFC 9457 errors and the application factory."""

@@ -1,0 +1,156 @@
+"""Every error as RFC 9457 problem details (`application/problem+json`) with a stable code."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.api.schemas import FieldProblem, Problem
+from service.errors import IcmLoraError, NoFreeSlotError, NotReadyError, QueueFullError
+from service.logs import request_id_context
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+MAX_FIELD_PROBLEMS = 20
+MAX_LOCATION_CHARS = 64
+RETRY_AFTER_SECONDS: Mapping[type[IcmLoraError], int] = {NotReadyError: 5, NoFreeSlotError: 1}
+"""Seconds to wait before trying again, for errors that do not carry their own."""
+
+
+class MalformedRequestError(IcmLoraError):
+    """The request's body cannot be read at all."""
+
+    status = 400
+    code = "malformed_request"
+    title = "Malformed request"
+
+
+class RouteNotFoundError(IcmLoraError):
+    """No route has this path."""
+
+    status = 404
+    code = "route_not_found"
+    title = "Route not found"
+
+
+class MethodNotAllowedError(IcmLoraError):
+    """The path exists, but not with this method."""
+
+    status = 405
+    code = "method_not_allowed"
+    title = "Method not allowed"
+
+
+class BodyTooLargeError(IcmLoraError):
+    """The request's body exceeds the limit."""
+
+    status = 413
+    code = "body_too_large"
+    title = "Request body too large"
+
+
+class InvalidRequestError(IcmLoraError):
+    """The body is JSON, but not what the schema asks for; `errors` says where."""
+
+    status = 422
+    code = "invalid_request"
+    title = "Invalid request"
+
+
+_FRAMEWORK_ERRORS: dict[int, IcmLoraError] = {
+    error.status: error
+    for error in (
+        MalformedRequestError("the request body cannot be parsed: send JSON"),
+        RouteNotFoundError("no such path: see /openapi.json"),
+        MethodNotAllowedError("the path does not support this method: see the Allow header"),
+        BodyTooLargeError("the request body is larger than this service accepts"),
+    )
+}
+
+
+def problem_response(
+    error: IcmLoraError,
+    instance: str,
+    *,
+    errors: Sequence[FieldProblem] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Renders an error.
+
+    Args:
+        error: gives status, code, title and detail.
+        instance: path of the request (RFC 9457 `instance`).
+        errors: what is wrong where, for requests that fail validation.
+        headers: further headers; `Retry-After` (RFC 9110, seconds) is added by itself.
+    """
+    problem = Problem(
+        type=f"urn:icm-lora:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        instance=instance,
+        code=error.code,
+        request_id=request_id_context.get(),
+        errors=list(errors) if errors is not None else None,
+    )
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        error.status,
+        headers={**_retry_headers(error), **(headers or {})},
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Maps our exception tree, validation errors and the framework's own errors, once each.
+
+    Exceptions outside these are bugs: `service.api.middleware` logs them and answers 500.
+    """
+    app.add_exception_handler(IcmLoraError, handle_error)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(HTTPException, handle_framework_error)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """An error of our tree."""
+    assert isinstance(error, IcmLoraError)
+    return problem_response(error, request.url.path)
+
+
+async def handle_validation_error(request: Request, error: Exception) -> Response:
+    """Pydantic's findings: where and what, never the input itself, which may be huge."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    problems = [_describe_field(item) for item in found[:MAX_FIELD_PROBLEMS]]
+    detail = f"{len(found)} field(s) of the request are wrong: see `errors`"
+    return problem_response(InvalidRequestError(detail), request.url.path, errors=problems)
+
+
+async def handle_framework_error(request: Request, error: Exception) -> Response:
+    """Errors that Starlette or FastAPI raise: unknown path or method, unreadable body."""
+    assert isinstance(error, HTTPException)
+    known = _FRAMEWORK_ERRORS[error.status_code]
+    headers = dict(error.headers or {})
+    if known.status == MethodNotAllowedError.status:
+        # The router names only the methods of the first route that has this path.
+        operations = request.app.openapi()["paths"].get(request.scope["route"].path)
+        if operations is not None:
+            headers["Allow"] = ", ".join(sorted(method.upper() for method in operations))
+    return problem_response(known, request.url.path, headers=headers)
+
+
+def _retry_headers(error: IcmLoraError) -> dict[str, str]:
+    if isinstance(error, QueueFullError):
+        return {"Retry-After": str(error.retry_after_seconds)}
+    seconds = RETRY_AFTER_SECONDS.get(type(error))
+    return {} if seconds is None else {"Retry-After": str(seconds)}
+
+
+def _describe_field(item: Mapping[str, Any]) -> FieldProblem:
+    location = ".".join(str(part)[:MAX_LOCATION_CHARS] for part in item["loc"])
+    return FieldProblem(
+        location=location[: 4 * MAX_LOCATION_CHARS], message=item["msg"], type=item["type"]
+    )

@@ -1,0 +1,110 @@
+"""Pure ASGI middleware: request id, metrics and access log, and the limit on bodies."""
+
+import logging
+import re
+import time
+import uuid
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.error_handlers import problem_response
+from service.errors import IcmLoraError
+from service.logs import describe_exception, request_id_context
+from service.metrics import ServiceMetrics
+
+REQUEST_ID_HEADER = "X-Request-ID"
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+UNMATCHED_ROUTE = "unmatched"
+CLIENT_CLOSED_REQUEST = 499
+"""Status in logs and metrics of a request that ended without an answer (nginx's convention)."""
+_QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
+
+_logger = logging.getLogger("service.access")
+
+
+class RequestScope:
+    """Gives a request its id, and counts, times and logs it by route template.
+
+    A well-formed `X-Request-ID` is kept, anything else replaced; the id is in every log line
+    and in the answer. An exception that no handler maps is a bug: it is logged without its
+    message (which may quote a prompt) and answered with 500.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = accept_request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        token = request_id_context.set(request_id)
+        status: int | None = None
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # nobody is left to answer
+        except Exception as error:
+            _logger.error("unexpected exception", extra={"fields": describe_exception(error)})
+            if status is not None:
+                raise  # half an answer is out: the server must close the connection
+            bug = IcmLoraError("an unexpected error happened: report it with the request id")
+            await problem_response(bug, scope["path"])(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
+            request_id_context.reset(token)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", UNMATCHED_ROUTE)
+        self.metrics.observe_request(route, scope["method"], status, seconds)
+        fields = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "milliseconds": round(seconds * 1000, 3),
+        }
+        level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
+        _logger.log(level, "request", extra={"fields": fields})
+
+
+class BodyLimit:
+    """Refuses bodies over `max_bytes` with 413, counting what arrives, not what is declared."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413)  # FastAPI's own class passes its body reader unchanged
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+
+def accept_request_id(offered: str | None) -> str:
+    """The client's id where it is well formed, else a new random one."""
+    if offered is not None and REQUEST_ID_PATTERN.fullmatch(offered):
+        return offered
+    return uuid.uuid4().hex

@@ -1,0 +1,66 @@
+"""The published OpenAPI document: error answers as problem details, for every route."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from service.api.error_handlers import PROBLEM_MEDIA_TYPE
+from service.api.schemas import Problem
+from service.errors import IcmLoraError
+
+_SCHEMA_REFERENCE = "#/components/schemas/{model}"
+
+
+def document_problems(*errors: type[IcmLoraError]) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses=` of a route for the errors that it can answer with."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for error in errors:
+        schema = {"$ref": _SCHEMA_REFERENCE.format(model=Problem.__name__)}
+        response = responses.setdefault(
+            error.status,
+            {
+                "description": "",
+                "content": {PROBLEM_MEDIA_TYPE: {"schema": schema, "examples": {}}},
+            },
+        )
+        separator = "; " if response["description"] else ""
+        response["description"] += f"{separator}`{error.code}`: {error.title}"
+        response["content"][PROBLEM_MEDIA_TYPE]["examples"][error.code] = {
+            "value": {
+                "type": f"urn:icm-lora:problem:{error.code}",
+                "title": error.title,
+                "status": error.status,
+                "detail": (error.__doc__ or error.title).splitlines()[0],
+                "instance": "/path/of/the/request",
+                "code": error.code,
+            }
+        }
+    return responses
+
+
+def build_openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with `Problem` in place of its own validation error model.
+
+    FastAPI announces a 422 of its own shape wherever a route has parameters; our routes
+    declare their 422 themselves, so what is left of it is dropped.
+    """
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=app.description,
+        license_info=app.license_info,
+        routes=app.routes,
+    )
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    problem = Problem.model_json_schema(ref_template=_SCHEMA_REFERENCE)
+    schemas.update(problem.pop("$defs"))
+    schemas[Problem.__name__] = problem
+    return document

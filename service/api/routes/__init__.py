@@ -1,0 +1,1 @@
+"""One router per group of paths; every route carries its full path."""

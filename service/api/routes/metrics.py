@@ -1,0 +1,19 @@
+"""Prometheus exposition."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.api.dependencies import StateDep
+
+router = APIRouter(tags=["health"])
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def read_metrics(request: Request, state: StateDep) -> Response:
+    """All metrics in Prometheus' text format, or OpenMetrics where asked for."""
+    body, content_type = state.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})

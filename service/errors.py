@@ -1,0 +1,152 @@
+"""One exception tree for the whole project.
+
+    IcmLoraError (500 internal_error)
+    ├── InvalidInputError (422 invalid_input)            a value the caller sent or wrote in a file
+    │   ├── InvalidRecipeError (422 invalid_recipe)      a training recipe: unknown key, wrong type
+    │   └── InvalidTaskDataError (422 invalid_task_data) a task's documents or wordings
+    ├── InvalidBundleError (500 invalid_bundle)          a bundle on disk cannot be trusted
+    │   ├── BaseModelMismatchError (500 base_model_mismatch)
+    │   └── TaskEncoderMismatchError (500 task_encoder_mismatch)
+    ├── InvalidAdapterError (422 invalid_adapter)        an adapter does not fit or is not finite
+    ├── AdapterNotFoundError (404 adapter_not_found)     never answered with the base model
+    ├── NotCachedError (404 not_cached)                  `cache: only` and nothing cached
+    ├── QueueFullError (429 queue_full)                  overload, with `retry_after_seconds`
+    ├── NoFreeSlotError (503 no_free_slot)               every slot is leased by a running request
+    ├── NotReadyError (503 not_ready)                    starting or shutting down
+    ├── DeadlineExceededError (504 deadline_exceeded)
+    └── MissingDependencyError (500 missing_dependency)  an optional package or embedded weights
+
+Each class carries the HTTP status and a stable code, so the API maps the tree once
+(RFC 9457 problem details) and the CLI prints the same message and exits non-zero.
+"""
+
+from typing import ClassVar
+
+
+class IcmLoraError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    Attributes:
+        status: HTTP status that the API answers with.
+        code: stable machine-readable code; clients may rely on it across versions.
+        title: short human summary of the class of problem (RFC 9457 `title`).
+        detail: what happened here and what to change.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class InvalidInputError(IcmLoraError):
+    """A value that the caller sent cannot be used; the message says what to change."""
+
+    status = 422
+    code = "invalid_input"
+    title = "Invalid input"
+
+
+class InvalidRecipeError(InvalidInputError):
+    """A training recipe has an unknown key, a wrong type or an impossible combination."""
+
+    code = "invalid_recipe"
+    title = "Invalid recipe"
+
+
+class InvalidTaskDataError(InvalidInputError):
+    """A task's documents or wordings are missing, empty or too small to split."""
+
+    code = "invalid_task_data"
+    title = "Invalid task data"
+
+
+class InvalidBundleError(IcmLoraError):
+    """A bundle on disk is incomplete, altered, non-finite or of an unknown version."""
+
+    code = "invalid_bundle"
+    title = "Invalid bundle"
+
+
+class BaseModelMismatchError(InvalidBundleError):
+    """The bundle was trained for another base model than the one loaded."""
+
+    code = "base_model_mismatch"
+    title = "Base model mismatch"
+
+
+class TaskEncoderMismatchError(InvalidBundleError):
+    """The bundle's task vectors were made by another encoder than the one loaded."""
+
+    code = "task_encoder_mismatch"
+    title = "Task encoder mismatch"
+
+
+class InvalidAdapterError(IcmLoraError):
+    """An adapter has the wrong layout, the wrong shapes or non-finite values."""
+
+    status = 422
+    code = "invalid_adapter"
+    title = "Invalid adapter"
+
+
+class AdapterNotFoundError(IcmLoraError):
+    """No adapter has this id; the base model never answers in its place."""
+
+    status = 404
+    code = "adapter_not_found"
+    title = "Adapter not found"
+
+
+class NotCachedError(IcmLoraError):
+    """The request allowed cached adapters only, and this one is not cached."""
+
+    status = 404
+    code = "not_cached"
+    title = "Adapter not cached"
+
+
+class QueueFullError(IcmLoraError):
+    """The bounded queue is full; try again after `retry_after_seconds`."""
+
+    status = 429
+    code = "queue_full"
+    title = "Too many requests"
+
+    def __init__(self, detail: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NoFreeSlotError(IcmLoraError):
+    """Every slot of the bank is leased by a running request."""
+
+    status = 503
+    code = "no_free_slot"
+    title = "No free adapter slot"
+
+
+class NotReadyError(IcmLoraError):
+    """The service is still loading its models or is shutting down."""
+
+    status = 503
+    code = "not_ready"
+    title = "Service not ready"
+
+
+class DeadlineExceededError(IcmLoraError):
+    """The request was not answered within its deadline."""
+
+    status = 504
+    code = "deadline_exceeded"
+    title = "Deadline exceeded"
+
+
+class MissingDependencyError(IcmLoraError):
+    """An optional package, a system tool or the embedded weights are not installed."""
+
+    code = "missing_dependency"
+    title = "Missing dependency"

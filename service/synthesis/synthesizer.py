@@ -1,0 +1,264 @@
+"""Synthesis: a task description becomes an adapter, the same recipe always the same bytes."""
+
+import hashlib
+import json
+import math
+import time
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from service.errors import InvalidAdapterError, InvalidInputError
+from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
+
+VECTOR_DTYPE = torch.float16
+"""Dtype of a generated adapter vector: what is hashed, cached, served and exported."""
+
+MAX_TASK_CHARACTERS = 1000
+
+
+class GenerationMode(StrEnum):
+    """Where z comes from: `mode` is the prior's mode (z = 0), `sample` draws z ~ N(0, T^2 I)."""
+
+    MODE = "mode"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """Everything that determines a generated adapter; its sha256 is the adapter's id.
+
+    Attributes:
+        tenant: owner; equal words of two tenants give two ids.
+        task: normalised description.
+        mode: where z comes from.
+        seed: of the noise; 0 in mode `mode`.
+        temperature: standard deviation of z; 0 in mode `mode`.
+        strength: factor on the whole update; 1 is as generated.
+        bundle_digest: generator that makes it.
+    """
+
+    tenant: str
+    task: str
+    mode: GenerationMode
+    seed: int
+    temperature: float
+    strength: float
+    bundle_digest: str
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        task: str,
+        bundle_digest: str,
+        mode: str = "mode",
+        seed: int = 0,
+        temperature: float = 1.0,
+        strength: float = 1.0,
+        tenant: str = "public",
+    ) -> "AdapterRecipe":
+        """Normalises a request, so that requests for the same adapter get the same id.
+
+        Raises:
+            InvalidInputError: an empty or over-long description, or a number out of range.
+        """
+        if mode not in set(GenerationMode):
+            raise InvalidInputError(f"mode {mode!r} is unknown: use mode or sample")
+        if not 0 <= seed < 2**63:
+            raise InvalidInputError("seed must be between 0 and 2^63 - 1")
+        if not (math.isfinite(temperature) and 0 < temperature <= 2):
+            raise InvalidInputError("temperature must be greater than 0 and at most 2")
+        if not (math.isfinite(strength) and 0 < strength <= 4):
+            raise InvalidInputError("strength must be greater than 0 and at most 4")
+        sampled = mode == GenerationMode.SAMPLE
+        return cls(
+            tenant=tenant,
+            task=normalize_description(task),
+            mode=GenerationMode(mode),
+            seed=seed if sampled else 0,
+            temperature=float(temperature) if sampled else 0.0,
+            strength=float(strength),
+            bundle_digest=bundle_digest,
+        )
+
+    @cached_property
+    def adapter_id(self) -> str:
+        """sha256 of the recipe, 64 hexadecimal digits."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "AdapterRecipe":
+        """Reads `to_json`.
+
+        Raises:
+            InvalidInputError: malformed.
+        """
+        try:
+            return cls(**{**body, "mode": GenerationMode(body["mode"])})
+        except (TypeError, ValueError, KeyError) as error:
+            raise InvalidInputError(f"malformed adapter recipe: {error}") from error
+
+
+@dataclass(frozen=True)
+class NearestTask:
+    """A training task and its cosine similarity to a description (best wording)."""
+
+    name: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class SynthesizedAdapter:
+    """A generated adapter.
+
+    Attributes:
+        recipe: what determined it.
+        vector: adapter vector, float16 on the CPU.
+        nearest: training tasks by falling similarity.
+        in_distribution: share of left-out training wordings that lie no nearer to their own task
+            than this description to its nearest task: near 0 means unlike anything trained on.
+        seconds: time of the stages `encode` and `decode`.
+    """
+
+    recipe: AdapterRecipe
+    vector: Float[Tensor, " num_params"]
+    nearest: tuple[NearestTask, ...]
+    in_distribution: float
+    seconds: Mapping[str, float]
+
+    @property
+    def adapter_id(self) -> str:
+        """The recipe's sha256."""
+        return self.recipe.adapter_id
+
+    @cached_property
+    def vector_sha256(self) -> str:
+        """sha256 of the vector's little-endian float16 bytes."""
+        return digest_vector(self.vector)
+
+
+def digest_vector(vector: Float[Tensor, " num_params"]) -> str:
+    """sha256 of an adapter vector's bytes, in the dtype in which it is kept."""
+    return hashlib.sha256(vector.to(VECTOR_DTYPE).contiguous().numpy().tobytes()).hexdigest()
+
+
+def normalize_description(task: str) -> str:
+    """Unicode NFKC with white space collapsed.
+
+    Raises:
+        InvalidInputError: empty, longer than `MAX_TASK_CHARACTERS`, or with control characters.
+    """
+    normalized = " ".join(unicodedata.normalize("NFKC", task).split())
+    if not normalized:
+        raise InvalidInputError("the task description is empty: say in words what to do")
+    if len(normalized) > MAX_TASK_CHARACTERS:
+        raise InvalidInputError(
+            f"the task description has {len(normalized)} characters, at most "
+            f"{MAX_TASK_CHARACTERS} are allowed"
+        )
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in normalized):
+        raise InvalidInputError("the task description holds control characters: remove them")
+    return normalized
+
+
+class Synthesizer:
+    """Turns recipes into adapters with a bundle's decoder and its task encoder.
+
+    Each description is decoded alone, so what else is asked for at the same time cannot change
+    a bit of the result. Safe to call from several threads.
+
+    Raises:
+        TaskEncoderMismatchError: the encoder is not the one that the bundle was trained with.
+    """
+
+    def __init__(self, bundle: Bundle, encoder: TaskEncoder, device: str = "cpu") -> None:
+        bundle.check_encoder(encoder.encoder_id)
+        self.bundle = bundle
+        self._encoder = encoder
+        self._device = torch.device(device)
+        self._decoder = bundle.decoder.to(self._device)
+
+    def synthesize(self, recipe: AdapterRecipe) -> SynthesizedAdapter:
+        """Generates the recipe's adapter; blocking.
+
+        Raises:
+            InvalidInputError: the recipe is another bundle's.
+            InvalidAdapterError: the result is not finite in float16.
+        """
+        if recipe.bundle_digest != self.bundle.digest:
+            raise InvalidInputError("the recipe belongs to another bundle")
+        started = time.perf_counter()
+        task_vector = self._encoder.encode([recipe.task])[0]
+        encoded = time.perf_counter()
+        vector = self.decode(task_vector, recipe)
+        decoded = time.perf_counter()
+        nearest = self._rank_tasks(task_vector)
+        return SynthesizedAdapter(
+            recipe=recipe,
+            vector=vector,
+            nearest=nearest,
+            in_distribution=self._score(nearest[0].similarity),
+            seconds={"encode": encoded - started, "decode": decoded - encoded},
+        )
+
+    def decode(
+        self, task_vector: Float[Tensor, " dim"], recipe: AdapterRecipe
+    ) -> Float[Tensor, " num_params"]:
+        """Adapter vector for a task vector (paper Eq. 9): sample z, decode, denormalise, scale."""
+        z = torch.zeros(1, self.bundle.generator.latent_dim)
+        if recipe.mode is GenerationMode.SAMPLE:
+            generator = torch.Generator().manual_seed(recipe.seed)
+            z = torch.randn(z.shape, generator=generator) * recipe.temperature
+        with torch.inference_mode():
+            normalized = self._decoder(z.to(self._device), task_vector[None].to(self._device))
+            vector = self.bundle.normalizer.denormalize(normalized[0].float().cpu())
+        vector = self._scale(vector, recipe.strength).to(VECTOR_DTYPE)
+        if not torch.isfinite(vector).all():
+            raise InvalidAdapterError("the generated adapter is not finite: lower the strength")
+        return vector
+
+    def _scale(self, vector: Tensor, strength: float) -> Tensor:
+        """Scales the update `delta W` by `strength`: all trained factors but `lora_A`."""
+        if strength == 1.0:
+            return vector
+        vector = vector.clone()
+        for entry in self.bundle.layout.entries:
+            if entry.tensor != "lora_A":
+                vector[entry.span] *= strength
+        return vector
+
+    def _rank_tasks(self, task_vector: Tensor) -> tuple[NearestTask, ...]:
+        similarity = self.bundle.task_vectors @ task_vector  # [wordings]
+        best = torch.full((len(self.bundle.tasks),), -1.0)
+        best = best.scatter_reduce(0, self.bundle.owner, similarity, "amax")
+        order = best.argsort(descending=True).tolist()
+        return tuple(NearestTask(self.bundle.tasks[i].name, float(best[i])) for i in order)
+
+    def _score(self, similarity: float) -> float:
+        quantiles = self.bundle.similarity_quantiles
+        return float((quantiles <= similarity).float().mean())
+
+
+def load_synthesizer(folder: Path, device: str = "cpu") -> Synthesizer:
+    """Reads a bundle and builds the encoder that it names.
+
+    Raises:
+        InvalidBundleError: the bundle cannot be trusted, or its encoder cannot be built.
+    """
+    bundle = read_bundle(folder)
+    return Synthesizer(bundle, build_task_encoder(bundle.encoder_spec, device), device)

@@ -1,0 +1,373 @@
+"""The Redis tier against a real redis-server: exact, bounded in time, and never in the way."""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from itertools import count
+
+import pytest
+from redis import Redis
+
+from service.adapters.cache import AdapterCache, ProcessCache
+from service.adapters.provider import AdapterProvider
+from service.adapters.redis_cache import KEY_PREFIX, RedisCache
+from service.errors import AdapterNotFoundError, InvalidInputError, NotCachedError
+from tests.fixtures.adapter_records import LAYOUT, HeldSynthesizer, make_recipe, make_record
+from tests.fixtures.redis_server import RedisServer
+
+RECORD = make_record()
+KEY = KEY_PREFIX + RECORD.adapter_id
+TIMEOUT_SECONDS = 0.1
+RETRY_SECONDS = 0.2
+SLACK_SECONDS = 1.0
+"""For a busy machine, on top of what a call may take; far below redis-py's own retries."""
+
+
+class Events:
+    """Observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lookups: list[tuple[str, str]] = []
+        self.states: list[bool] = []
+
+    def on_lookup(self, tier: str, result: str) -> None:
+        self.lookups.append((tier, result))
+
+    def on_redis_state(self, up: bool) -> None:
+        self.states.append(up)
+
+
+def run_with_cache(
+    url: str,
+    scenario: Callable[[RedisCache, Events], Awaitable[None]],
+    *,
+    timeout_seconds: float = 2.0,
+) -> None:
+    """Runs a scenario on a loop of its own; the default timeout leaves room on a busy machine."""
+
+    async def main() -> None:
+        events = Events()
+        cache = RedisCache(
+            url,
+            LAYOUT,
+            timeout_seconds=timeout_seconds,
+            retry_seconds=RETRY_SECONDS,
+            on_state=events.on_redis_state,
+        )
+        try:
+            await scenario(cache, events)
+        finally:
+            await cache.close()
+
+    asyncio.run(main())
+
+
+async def wait_until_up(cache: RedisCache) -> None:
+    async with asyncio.timeout(10):
+        while not await cache.ping():
+            await asyncio.sleep(0.02)
+
+
+async def measure(call: Awaitable[object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    await call
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def inspector(redis_server: RedisServer) -> Redis:
+    """A client beside the cache's own, to look at and alter what is stored."""
+    return Redis.from_url(redis_server.url, single_connection_client=False)
+
+
+def test_record_comes_back_with_its_remaining_lifetime(
+    redis_server: RedisServer, inspector: Redis
+) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        assert (await cache.get(RECORD.adapter_id)).result == "miss"
+        assert await cache.put(RECORD, ttl_seconds=60)
+
+        answer = await cache.get(RECORD.adapter_id)
+
+        assert answer.result == "hit"
+        assert answer.record is not None
+        assert answer.record.to_bytes() == RECORD.to_bytes() == inspector.get(KEY)
+        assert 50 < answer.ttl_seconds <= 60
+        assert events.states == [True]
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_records_expire(redis_server: RedisServer, inspector: Redis) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        await cache.put(RECORD, ttl_seconds=0.02)
+        await asyncio.sleep(0.05)
+        assert (await cache.get(RECORD.adapter_id)).result == "miss"
+
+        await cache.put(RECORD, ttl_seconds=60)
+        inspector.persist(KEY)
+        assert (await cache.get(RECORD.adapter_id)).ttl_seconds == math.inf
+
+    run_with_cache(redis_server.url, scenario)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x00garbage", RECORD.to_bytes()[:-2], make_record(1).to_bytes()],
+    ids=["garbage", "truncated", "another adapter's"],
+)
+def test_corrupt_values_are_deleted(
+    content: bytes, redis_server: RedisServer, inspector: Redis
+) -> None:
+    inspector.set(KEY, content)
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        answer = await cache.get(RECORD.adapter_id)
+        assert (answer.result, answer.asked, answer.record) == ("error", True, None)
+        assert not inspector.exists(KEY)
+        assert not cache.is_down
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_delete_says_whether_there_was_a_record(redis_server: RedisServer) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        await cache.put(RECORD, ttl_seconds=60)
+        assert await cache.delete(RECORD.adapter_id) is True
+        assert await cache.delete(RECORD.adapter_id) is False
+        assert (await cache.get(RECORD.adapter_id)).result == "miss"
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_a_killed_server_is_skipped_then_found_again(redis_server: RedisServer) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        assert await cache.ping()
+        redis_server.stop()
+
+        answer = await cache.get(RECORD.adapter_id)
+        assert (answer.result, answer.asked) == ("error", False)
+        assert await cache.put(RECORD, ttl_seconds=60) is False
+        assert await cache.delete(RECORD.adapter_id) is None
+        assert await cache.ping() is False
+        assert cache.is_down
+
+        redis_server.start()
+        await wait_until_up(cache)
+        assert await cache.put(RECORD, ttl_seconds=60)
+        assert (await cache.get(RECORD.adapter_id)).result == "hit"
+        assert events.states == [True, False, True]
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_a_frozen_server_costs_one_timeout_then_nothing(redis_server: RedisServer) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        await wait_until_up(cache)
+        redis_server.pause()
+
+        first = await measure(cache.get(RECORD.adapter_id))
+        skipped = await measure(cache.get(RECORD.adapter_id))
+        await asyncio.sleep(RETRY_SECONDS)
+        crowd = [asyncio.create_task(measure(cache.ping())) for _ in range(10)]
+        waits = sorted(await asyncio.gather(*crowd))
+
+        assert TIMEOUT_SECONDS <= first < TIMEOUT_SECONDS + SLACK_SECONDS
+        assert skipped < TIMEOUT_SECONDS
+        assert waits[-1] >= TIMEOUT_SECONDS, "one call tries again"
+        assert waits[-2] < TIMEOUT_SECONDS, "the others do not wait for it"
+
+        redis_server.resume()
+        await wait_until_up(cache)
+        assert not cache.is_down
+
+    run_with_cache(redis_server.url, scenario, timeout_seconds=TIMEOUT_SECONDS)
+
+
+def test_a_server_that_never_was_is_an_answer_too(redis_server: RedisServer) -> None:
+    redis_server.stop()
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        assert (await cache.get(RECORD.adapter_id)).asked is False
+        assert events.states == [False]
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_a_restart_between_two_calls_goes_unnoticed(redis_server: RedisServer) -> None:
+    """The pooled connection is dead, the server is not: no degradation."""
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        await cache.put(RECORD, ttl_seconds=60)
+        redis_server.stop()
+        redis_server.start()
+        assert (await cache.get(RECORD.adapter_id)).result == "miss"
+        assert events.states == [True]
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_a_refusing_server_counts_as_down(redis_server: RedisServer, inspector: Redis) -> None:
+    inspector.config_set("requirepass", "secret")
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        assert (await cache.get(RECORD.adapter_id)).asked is False
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_cancelled_calls_do_not_mix_up_replies(redis_server: RedisServer) -> None:
+    records = [make_record(seed) for seed in range(8)]
+    random.seed(0)
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        for record in records:
+            await cache.put(record, ttl_seconds=60)
+        for _ in range(100):
+            calls = [asyncio.create_task(cache.get(record.adapter_id)) for record in records]
+            for _ in range(random.randrange(12)):
+                await asyncio.sleep(0)
+            for call in random.sample(calls, 4):
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            for call, record in zip(calls, records, strict=True):
+                if not call.cancelled():
+                    found = call.result().record
+                    assert found is not None
+                    assert found.adapter_id == record.adapter_id
+        assert events.states == [True]
+
+    run_with_cache(redis_server.url, scenario)
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
+def test_an_url_that_is_not_redis_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInputError, match="redis://host:port/db"):
+        RedisCache(url, LAYOUT)
+
+
+def run_replicas(
+    url: str,
+    scenario: Callable[[AdapterProvider, AdapterProvider, Events], Awaitable[None]],
+    *,
+    timeout_seconds: float = 2.0,
+) -> None:
+    """Runs a scenario with two service processes' worth of providers that share one Redis."""
+
+    async def main() -> None:
+        events = Events()
+        replicas = []
+        for _ in range(2):
+            redis = RedisCache(
+                url,
+                LAYOUT,
+                timeout_seconds=timeout_seconds,
+                retry_seconds=RETRY_SECONDS,
+                on_state=events.on_redis_state,
+            )
+            cache = AdapterCache(ProcessCache(max_bytes=100_000), redis, events)
+            replicas.append(AdapterProvider(HeldSynthesizer(), cache))
+        try:
+            await scenario(*replicas, events)
+        finally:
+            for replica in replicas:
+                await replica.close()
+
+    asyncio.run(main())
+
+
+def test_what_one_replica_generates_the_other_finds(redis_server: RedisServer) -> None:
+    async def scenario(here: AdapterProvider, there: AdapterProvider, events: Events) -> None:
+        made = await here.provide(make_recipe(), ttl_seconds=60)
+        events.lookups.clear()
+        found = await there.provide(make_recipe(), policy="only", ttl_seconds=60)
+        again = await there.provide(make_recipe(), ttl_seconds=60)
+
+        assert (made.cache, made.degraded) == ("miss", False)
+        assert (found.cache, found.tier, found.degraded) == ("hit", "redis", False)
+        assert (again.cache, again.tier) == ("hit", "process")
+        assert found.record.to_bytes() == made.record.to_bytes()
+        assert events.lookups == [("process", "miss"), ("redis", "hit"), ("process", "hit")]
+
+        assert await here.delete(made.record.adapter_id) is False
+        with pytest.raises(AdapterNotFoundError):
+            await here.get(made.record.adapter_id)
+
+    run_replicas(redis_server.url, scenario)
+
+
+def test_promotion_keeps_the_expiry(redis_server: RedisServer) -> None:
+    async def scenario(here: AdapterProvider, there: AdapterProvider, events: Events) -> None:
+        await here.provide(make_recipe(), ttl_seconds=0.5)
+        assert (await there.provide(make_recipe(), ttl_seconds=60)).tier == "redis"
+        await asyncio.sleep(0.6)
+        assert there.list() == ()
+        assert (await there.provide(make_recipe(), ttl_seconds=60)).cache == "miss"
+
+    run_replicas(redis_server.url, scenario)
+
+
+def test_requests_survive_the_loss_of_redis_and_say_so(redis_server: RedisServer) -> None:
+    async def scenario(here: AdapterProvider, there: AdapterProvider, events: Events) -> None:
+        cached = await here.provide(make_recipe(0), ttl_seconds=60)
+        redis_server.stop()
+
+        lost = await here.provide(make_recipe(1), ttl_seconds=60)
+        still = await here.provide(make_recipe(0), ttl_seconds=60)
+        assert (lost.cache, lost.degraded) == ("degraded", True)
+        assert (still.cache, still.tier, still.degraded) == ("hit", "process", True)
+        assert still.record is cached.record
+        assert await here.get(lost.record.adapter_id) is lost.record
+        with pytest.raises(NotCachedError, match="Redis could not be asked"):
+            await here.provide(make_recipe(2), policy="only", ttl_seconds=60)
+        with pytest.raises(AdapterNotFoundError, match="Redis could not be asked"):
+            await here.get(make_recipe(2).adapter_id)
+        assert await here.delete(lost.record.adapter_id) is True
+
+        redis_server.start()
+        await asyncio.sleep(RETRY_SECONDS)
+        recovered = await here.provide(make_recipe(3), ttl_seconds=60)
+        assert (recovered.cache, recovered.degraded) == ("miss", False)
+        assert (await there.provide(make_recipe(3), ttl_seconds=60)).tier == "redis"
+        assert events.states == [True, False, True, True]
+
+    run_replicas(redis_server.url, scenario)
+
+
+@pytest.mark.parametrize("trouble", ["stop", "pause"])
+def test_no_request_fails_while_redis_comes_and_goes(
+    trouble: str, redis_server: RedisServer
+) -> None:
+    seeds = count()
+
+    async def scenario(here: AdapterProvider, there: AdapterProvider, events: Events) -> None:
+        done: list[bool] = []
+        running = True
+
+        async def request_forever(replica: AdapterProvider) -> None:
+            while running:
+                recipe = make_recipe(next(seeds) // 2)  # every adapter twice
+                provided = await replica.provide(recipe, ttl_seconds=60)
+                assert provided.record.adapter_id == recipe.adapter_id
+                done.append(provided.degraded)
+                await asyncio.sleep(0.002)
+
+        async def wait_for(degraded: bool) -> None:
+            done.clear()
+            async with asyncio.timeout(20):
+                while len(done) < 20 or any(item is not degraded for item in done[-20:]):
+                    await asyncio.sleep(0.01)
+
+        clients = [asyncio.create_task(request_forever(r)) for r in (here, there) * 4]
+        await wait_for(degraded=False)
+        getattr(redis_server, trouble)()
+        await wait_for(degraded=True)
+        redis_server.start() if trouble == "stop" else redis_server.resume()
+        await wait_for(degraded=False)
+        running = False
+        await asyncio.gather(*clients)
+
+    run_replicas(redis_server.url, scenario, timeout_seconds=0.25)

@@ -1,0 +1,230 @@
+"""One synthesis for identical requests, none for cached ones, and nobody's work is lost."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from service.adapters.cache import AdapterCache, ProcessCache
+from service.adapters.provider import AdapterProvider, CachePolicy
+from service.errors import (
+    AdapterNotFoundError,
+    InvalidAdapterError,
+    InvalidInputError,
+    NotCachedError,
+    NotReadyError,
+    QueueFullError,
+)
+from tests.fixtures.adapter_records import HeldSynthesizer, make_recipe, make_record
+
+Scenario = Callable[[AdapterProvider, HeldSynthesizer], Awaitable[None]]
+
+
+def play(scenario: Scenario, *, max_pending: int = 64) -> None:
+    """Runs a scenario on a loop of its own, with a provider without Redis."""
+
+    async def main() -> None:
+        synthesizer = HeldSynthesizer()
+        cache = AdapterCache(ProcessCache(max_bytes=10_000))
+        provider = AdapterProvider(synthesizer, cache, max_pending=max_pending)
+        try:
+            await scenario(provider, synthesizer)
+        finally:
+            synthesizer.gate.set()
+            await provider.close()
+
+    asyncio.run(main())
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Lets the loop run until the condition holds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_miss_then_hit() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        first = await provider.provide(make_recipe(), ttl_seconds=60)
+        second = await provider.provide(make_recipe(), ttl_seconds=60)
+
+        assert (first.cache, first.tier, first.degraded) == ("miss", None, False)
+        assert list(first.seconds) == ["lookup", "queue", "encode", "decode", "store"]
+        assert (second.cache, second.tier, second.degraded) == ("hit", "process", False)
+        assert second.record is first.record
+        assert list(second.seconds) == ["lookup"]
+        assert len(synthesizer.recipes) == 1
+
+    play(scenario)
+
+
+def test_identical_concurrent_recipes_share_one_synthesis() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.gate.clear()
+        waiters = [
+            asyncio.create_task(provider.provide(make_recipe(seed), ttl_seconds=60))
+            for seed in (0, 0, 1, 0)
+        ]
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        synthesizer.gate.set()
+        provided = await asyncio.gather(*waiters)
+
+        assert [item.cache for item in provided] == ["miss", "coalesced", "miss", "coalesced"]
+        assert provided[0].record is provided[1].record is provided[3].record
+        assert list(provided[1].seconds) == ["wait"]
+        assert synthesizer.recipes == [make_recipe(0), make_recipe(1)]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_a_waiter_that_goes_away_takes_nothing_from_the_others(leaver: int) -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.gate.clear()
+        waiters = [
+            asyncio.create_task(provider.provide(make_recipe(), ttl_seconds=60)) for _ in range(2)
+        ]
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        waiters.pop(leaver).cancel()
+        synthesizer.gate.set()
+
+        provided = await waiters[0]
+
+        assert provided.record.adapter_id == make_recipe().adapter_id
+        assert len(synthesizer.recipes) == 1
+
+    play(scenario)
+
+
+def test_work_that_nobody_waits_for_is_finished_and_cached() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.gate.clear()
+        waiter = asyncio.create_task(provider.provide(make_recipe(), ttl_seconds=60))
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        waiter.cancel()
+        synthesizer.gate.set()
+
+        await wait_until(lambda: len(provider.list()) == 1)
+
+        assert (await provider.provide(make_recipe(), ttl_seconds=60)).cache == "hit"
+
+    play(scenario)
+
+
+def test_a_failure_reaches_every_waiter_and_is_not_remembered() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.error = InvalidAdapterError("not finite")
+        outcomes = await asyncio.gather(
+            *(provider.provide(make_recipe(), ttl_seconds=60) for _ in range(3)),
+            return_exceptions=True,
+        )
+        assert outcomes == [synthesizer.error] * 3
+
+        synthesizer.error = None
+        assert (await provider.provide(make_recipe(), ttl_seconds=60)).cache == "miss"
+
+    play(scenario)
+
+
+def test_a_failure_that_nobody_waits_for_is_not_reported_as_lost() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        reports: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+        synthesizer.gate.clear()
+        synthesizer.error = InvalidAdapterError("not finite")
+        waiter = asyncio.create_task(provider.provide(make_recipe(), ttl_seconds=60))
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        waiter.cancel()
+        synthesizer.gate.set()
+        await provider.close()
+        assert not reports
+
+    play(scenario)
+
+
+def test_bypass_generates_again_and_stores() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        await provider.provide(make_recipe(), ttl_seconds=60)
+        again = await provider.provide(make_recipe(), policy="bypass", ttl_seconds=60)
+        fresh = await provider.provide(make_recipe(1), policy="bypass", ttl_seconds=60)
+
+        assert (again.cache, fresh.cache) == ("bypass", "bypass")
+        assert len(synthesizer.recipes) == 3
+        assert await provider.get(fresh.record.adapter_id) is fresh.record
+
+    play(scenario)
+
+
+def test_only_never_generates() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        with pytest.raises(NotCachedError, match=make_recipe().adapter_id):
+            await provider.provide(make_recipe(), policy="only", ttl_seconds=60)
+        assert not synthesizer.recipes
+
+        await provider.provide(make_recipe(), ttl_seconds=60)
+        assert (await provider.provide(make_recipe(), policy="only", ttl_seconds=60)).cache == "hit"
+
+    play(scenario)
+
+
+def test_too_many_pending_recipes_are_refused() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.gate.clear()
+        waiters = [
+            asyncio.create_task(provider.provide(make_recipe(seed), ttl_seconds=60))
+            for seed in (0, 1, 0)
+        ]
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        with pytest.raises(QueueFullError) as refusal:
+            await provider.provide(make_recipe(2), ttl_seconds=60)
+        assert refusal.value.retry_after_seconds > 0
+
+        synthesizer.gate.set()
+        await asyncio.gather(*waiters)
+        assert (await provider.provide(make_recipe(2), ttl_seconds=60)).cache == "miss"
+
+    play(scenario, max_pending=2)
+
+
+@pytest.mark.parametrize("policy", ["use", "bypass", "only"])
+@pytest.mark.parametrize("ttl_seconds", [0, -1])
+def test_lifetime_must_be_positive(policy: CachePolicy, ttl_seconds: float) -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        with pytest.raises(InvalidInputError, match="ttl_seconds"):
+            await provider.provide(make_recipe(), policy=policy, ttl_seconds=ttl_seconds)
+
+    play(scenario)
+
+
+def test_get_list_and_delete() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        old, new = [
+            (await provider.provide(make_recipe(seed), ttl_seconds=60)).record for seed in (0, 1)
+        ]
+        assert provider.list() == (new, old)
+        assert await provider.get(old.adapter_id) is old
+
+        assert await provider.delete(old.adapter_id) is False
+        assert provider.list() == (new,)
+        with pytest.raises(AdapterNotFoundError):
+            await provider.get(old.adapter_id)
+        with pytest.raises(AdapterNotFoundError):
+            await provider.delete(old.adapter_id)
+
+    play(scenario)
+
+
+def test_closing_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
+    async def scenario(provider: AdapterProvider, synthesizer: HeldSynthesizer) -> None:
+        synthesizer.gate.clear()
+        waiter = asyncio.create_task(provider.provide(make_recipe(), ttl_seconds=60))
+        await wait_until(lambda: len(synthesizer.recipes) == 1)
+        closing = asyncio.create_task(provider.close())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError):
+            await provider.provide(make_recipe(1), ttl_seconds=60)
+        synthesizer.gate.set()
+        await closing
+        assert (await waiter).record.adapter_id == make_record().adapter_id
+
+    play(scenario)

@@ -1,0 +1,180 @@
+"""The stages of a run, each resumable: adapters, task vectors, generator, bundle."""
+
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from service.errors import InvalidRecipeError
+from service.inference.base_model import BaseModel, load_base_model
+from service.synthesis.attachment import Attachment
+from service.synthesis.bases import AdapterBases
+from service.synthesis.bundle import Bundle, BundleTask, write_bundle
+from service.synthesis.layout import AdapterLayout
+from service.synthesis.normalizer import AdapterNormalizer
+from training.adapters import cut_windows, fine_tune, tokenize_documents
+from training.checkpoint import read_tensors, write_tensors
+from training.generator import build_generator, train_generator
+from training.progress import track_job
+from training.run_dir import RunDir
+from training.task_vectors import TaskVectors, encode_tasks, encoder_spec
+from training.tasks.text import TextTask, load_text_tasks
+
+
+@dataclass
+class Pipeline:
+    """Stages of one run. Each loads what it needs, does what is missing, and returns."""
+
+    run: RunDir
+
+    @cached_property
+    def tasks(self) -> tuple[TextTask, ...]:
+        """The recipe's tasks."""
+        section = self.run.recipe.tasks
+        return load_text_tasks(section.source, section.names)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The frozen base, not wrapped."""
+        section = self.run.recipe.base
+        return load_base_model(section.reference, dtype=section.dtype)
+
+    @cached_property
+    def bases(self) -> AdapterBases:
+        """Frozen bases of the adapters, made once per run (before the base is wrapped)."""
+        section = self.run.recipe.adapter
+        layout = AdapterLayout.from_model(self.base.model, **section.model_dump())
+        if not self.run.bases.exists():
+            made = AdapterBases.from_model(layout, self.base.model, self.run.recipe.seed)
+            write_tensors(self.run.bases, made.state_dict(), {"layout": layout.digest})
+        state, _ = read_tensors(self.run.bases)
+        return AdapterBases.from_state_dict(layout, state)
+
+    def fine_tune_adapters(self) -> None:
+        """Fine-tunes one adapter per task and seed; several processes may share the work."""
+        section = self.run.recipe.finetune
+        pending = [
+            (task, seed)
+            for seed in section.seeds
+            for task in self.tasks
+            if not self.run.adapter(task.name, seed).exists()
+        ]
+        if not pending:
+            return
+        attachment = Attachment(self.base.model, self.bases)
+        for task, seed in pending:
+            with self.run.claim(f"{task.name}.{seed}") as mine:
+                if mine and not self.run.adapter(task.name, seed).exists():
+                    self._fine_tune_one(attachment, task, seed)
+        attachment.detach(self.base.model)
+
+    def _fine_tune_one(self, attachment: Attachment, task: TextTask, seed: int) -> None:
+        section = self.run.recipe.finetune
+        tokens = tokenize_documents(self.base, task.train)
+        windows = cut_windows(tokens, section.num_windows, section.window_tokens, seed)
+        state = self.run.state(f"{task.name}.{seed}")
+        with track_job(self.run, f"adapter {task.name}", section.num_steps) as report:
+            checkpoints = fine_tune(
+                self.base,
+                attachment,
+                windows,
+                section,
+                seed=self.run.recipe.seed + seed,
+                state_path=state,
+                report=lambda step, loss: report(step, loss=loss),
+            )
+        metadata = {"task": task.name, "seed": str(seed), "layout": self.bases.layout.digest}
+        write_tensors(self.run.adapter(task.name, seed), {"checkpoints": checkpoints}, metadata)
+        state.unlink(missing_ok=True)
+
+    def read_checkpoints(self) -> dict[str, Float[Tensor, "checkpoints num_params"]]:
+        """Late checkpoints by task, all fine-tuning seeds together.
+
+        Raises:
+            InvalidRecipeError: an adapter is missing; the stage before is not finished.
+        """
+        checkpoints: dict[str, Tensor] = {}
+        for task in self.tasks:
+            parts = []
+            for seed in self.run.recipe.finetune.seeds:
+                path = self.run.adapter(task.name, seed)
+                if not path.exists():
+                    raise InvalidRecipeError(
+                        f"adapter of {task.name!r} is missing: run `icm-lora adapters` first"
+                    )
+                parts.append(read_tensors(path)[0]["checkpoints"])
+            checkpoints[task.name] = torch.cat(parts)
+        return checkpoints
+
+    def encode_task_vectors(self) -> TaskVectors:
+        """Encodes every training wording of every task once."""
+        spec = encoder_spec(self.run.recipe.encoder, self.run.recipe.base)
+        if self.run.task_vectors.exists():
+            return TaskVectors.read(self.run.task_vectors, spec, self.tasks)
+        vectors = encode_tasks(self.run.recipe.encoder, self.tasks, lambda: self.base)
+        vectors.write(self.run.task_vectors, spec)
+        return vectors
+
+    def train_generator(self) -> None:
+        """Fits the normaliser and trains the conditional VAE over all tasks."""
+        if self.run.generator.exists():
+            return
+        vectors = self.encode_task_vectors()
+        checkpoints = self.read_checkpoints()
+        layout = self.bases.layout
+        train_generator(self.run, layout, checkpoints, vectors)
+
+    def make_bundle(self) -> Bundle:
+        """Writes the bundle from the finished stages."""
+        recipe = self.run.recipe
+        if not self.run.generator.exists():
+            raise InvalidRecipeError("the generator is missing: run `icm-lora generator` first")
+        vectors = self.encode_task_vectors()
+        layout = self.bases.layout
+        model = build_generator(layout, recipe, vectors.dim)
+        tensors, _ = read_tensors(self.run.generator)
+        model.load_state_dict(tensors)
+        return write_bundle(
+            self.run.bundle,
+            name=recipe.bundle.name,
+            version=recipe.bundle.version,
+            modality="text",
+            base_reference=recipe.base.reference,
+            base_digest=self.base.digest,
+            encoder_id=vectors.encoder_id,
+            encoder_spec=encoder_spec(recipe.encoder, recipe.base),
+            bases=self.bases,
+            normalizer=AdapterNormalizer.fit(layout, self.read_checkpoints()),
+            generator=model.config,
+            decoder=model.decoder,
+            tasks=tuple(BundleTask(t.name, t.title, t.descriptions) for t in self.tasks),
+            task_vectors=vectors.rows,
+            owner=vectors.owner,
+            similarity_quantiles=vectors.leave_one_out_similarities(),
+            provenance={
+                "recipe": recipe.model_dump(mode="json"),
+                "recipe_digest": recipe.digest,
+                "commit": _current_commit(),
+            },
+        )
+
+    def run_all(self) -> Bundle:
+        """All stages in order."""
+        self.fine_tune_adapters()
+        self.encode_task_vectors()
+        self.train_generator()
+        return self.make_bundle()
+
+
+def _current_commit() -> str:
+    """Commit of the code that runs, `unknown` outside a checkout, `+` where it is modified."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

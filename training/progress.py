@@ -1,0 +1,62 @@
+"""Progress of long jobs: a bar with ETA for people, JSONL (and TensorBoard) for machines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from training.run_dir import RunDir
+
+
+class Report(Protocol):
+    """Called with the number of steps done and named values at that step."""
+
+    def __call__(self, step: int, **values: float) -> None:
+        """Reports one step."""
+        ...
+
+
+@contextmanager
+def track_job(run: RunDir, job: str, total: int, every: int = 1) -> Iterator[Report]:
+    """Shows a bar on stderr and logs every `every`-th step to the run's metrics."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    board = _open_tensorboard(run)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(job, total=total, values="")
+
+        def report(step: int, **values: float) -> None:
+            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            progress.update(task, completed=step, values=shown)
+            if step % every == 0 or step == total:
+                run.log(job=job, step=step, **{k: round(v, 6) for k, v in values.items()})
+                for name, value in values.items() if board else ():
+                    board.add_scalar(f"{job}/{name}", value, step)
+
+        yield report
+    if board:
+        board.close()
+
+
+def _open_tensorboard(run: RunDir) -> Any:
+    """A TensorBoard writer where the optional package is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run.root / "tensorboard")  # type: ignore[no-untyped-call]

@@ -1,0 +1,162 @@
+"""Training recipes: one complete, named TOML file per run."""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import InvalidRecipeError
+from service.synthesis.layout import AdapterKind
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    """A recipe table: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(_Section):
+    """`[base]`: the frozen base model."""
+
+    reference: str = Field(description="embedded:..., a folder, a hub id, or tiny:random")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class TasksSection(_Section):
+    """`[tasks]`: where the tasks come from."""
+
+    source: str = Field(description="domains | smoke | folder:PATH | jsonl:PATH | hub:DATASET")
+    names: tuple[str, ...] | None = Field(default=None, description="subset; all when absent")
+
+
+class AdapterSection(_Section):
+    """`[adapter]`: parameterisation of the adapters."""
+
+    kind: AdapterKind
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+
+
+class FinetuneSection(_Section):
+    """`[finetune]`: one adapter per task, late checkpoints kept."""
+
+    num_windows: int = Field(ge=1, description="training windows per task (one epoch)")
+    window_tokens: int = Field(ge=8, description="tokens per window")
+    batch_size: int = Field(ge=1, description="windows per optimiser step")
+    epochs: int = Field(ge=1)
+    checkpoints_per_epoch: int = Field(default=1, ge=1)
+    keep_last: int = Field(ge=1, description="late checkpoints kept per task")
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    final_learning_rate_share: float = Field(
+        default=0.1, ge=0, le=1, description="cosine decay ends at this share of the peak"
+    )
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="runs per task")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch."""
+        return self.num_windows // self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of a whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> "FinetuneSection":
+        if self.num_windows % self.batch_size:
+            raise ValueError("num_windows must be a multiple of batch_size")
+        if self.steps_per_epoch % self.checkpoints_per_epoch:
+            raise ValueError("checkpoints_per_epoch must divide the steps of an epoch")
+        if self.keep_last > self.epochs * self.checkpoints_per_epoch:
+            raise ValueError("keep_last exceeds the number of checkpoints")
+        return self
+
+
+class EncoderSection(_Section):
+    """`[encoder]`: what turns a description into a task vector."""
+
+    kind: Literal["open_clip_text", "open_clip_image", "hidden_states"]
+    model: str = Field(default="", description="open_clip model, or embedded:minilm-l6-v2")
+    pretrained: str = Field(default="", description="open_clip pretrained tag or file")
+    num_samples: int = Field(default=16, ge=1, description="hidden_states: samples averaged (N)")
+
+
+class GeneratorSection(_Section):
+    """`[generator]`: the conditional VAE and its training."""
+
+    preset: Literal["paper", "token"]
+    latent_dim: int = Field(ge=1)
+    depth: int = Field(default=12, ge=1, description="convolutional layers each way")
+    width: int = Field(ge=1, description="channels (paper: the widest layer)")
+    chunk_size: int = Field(default=256, ge=1, description="token: values per token at most")
+    epochs: int = Field(ge=1, description="passes over all (checkpoint, task) pairs")
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    kl_weight: float = Field(default=0.005, ge=0, description="paper Eq. 8")
+    wording_noise: float = Field(
+        default=0.0, ge=0, description="std of Gaussian noise on unit task vectors, x sqrt(dim)"
+    )
+
+
+class BundleSection(_Section):
+    """`[bundle]`: what is handed to serving."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    version: str
+
+
+class Recipe(_Section):
+    """A complete run; see `training/recipes/*.toml`."""
+
+    seed: int = 0
+    base: BaseSection
+    tasks: TasksSection
+    adapter: AdapterSection
+    finetune: FinetuneSection
+    encoder: EncoderSection
+    generator: GeneratorSection
+    bundle: BundleSection
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the whole recipe."""
+        return _digest(self.model_dump(mode="json"))
+
+    def stage_digest(self, *sections: str) -> str:
+        """sha256 over the seed and the sections that a stage depends on."""
+        body = self.model_dump(mode="json")
+        return _digest({name: body[name] for name in ("seed", *sections)})
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe from a file, or a shipped one by its name (`text-embedded`).
+
+    Raises:
+        InvalidRecipeError: no such file, not TOML, an unknown key, a wrong type or value.
+    """
+    file = Path(path)
+    if not file.exists():
+        file = RECIPES_DIR / f"{file.name.removesuffix('.toml')}.toml"
+    if not file.exists():
+        known = sorted(p.stem for p in RECIPES_DIR.glob("*.toml"))
+        raise InvalidRecipeError(f"no recipe {str(path)!r}; shipped recipes: {', '.join(known)}")
+    try:
+        return Recipe.model_validate(tomllib.loads(file.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRecipeError(f"{file.name} is not valid TOML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise InvalidRecipeError(f"{file.name}: " + "; ".join(lines)) from error
+
+
+def _digest(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
