@@ -5,6 +5,7 @@ stages, cache tiers. The class also is the observer that the cache and the sched
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -104,7 +105,7 @@ class ServiceMetrics:
     def watch_slots(self, count_slots: Callable[[str], int]) -> None:
         """Reads the slots of each state when scraped."""
         for state in SLOT_STATES:
-            self._slots.labels(state).set_function(lambda state=state: count_slots(state))
+            self._slots.labels(state).set_function(partial(count_slots, state))
 
     def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Counts one answered request; `route` is a template, never a raw path."""

@@ -16,3 +16,5 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+pytest_plugins = ["tests.fixtures.redis_server"]

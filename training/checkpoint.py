@@ -1,6 +1,5 @@
 """Checkpoints of training state, as safetensors written atomically."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def write_tensors(
     scratch = path.with_name(f".{path.name}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, scratch, metadata=dict(metadata or {}))
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text)
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

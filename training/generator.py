@@ -20,10 +20,10 @@ from training.task_vectors import TaskVectors
 SAVE_EVERY_STEPS = 100
 
 
-def build_generator(layout: AdapterLayout, recipe: Recipe, condition_dim: int) -> ConditionalVAE:
-    """The untrained networks, initialised from the recipe's seed."""
+def configure_generator(recipe: Recipe, condition_dim: int) -> GeneratorConfig:
+    """The recipe's networks for task vectors of a length."""
     section = recipe.generator
-    config = GeneratorConfig(
+    return GeneratorConfig(
         preset=section.preset,
         condition_dim=condition_dim,
         latent_dim=section.latent_dim,
@@ -31,9 +31,13 @@ def build_generator(layout: AdapterLayout, recipe: Recipe, condition_dim: int) -
         width=section.width,
         chunk_size=section.chunk_size,
     )
+
+
+def build_generator(layout: AdapterLayout, recipe: Recipe, condition_dim: int) -> ConditionalVAE:
+    """The untrained networks, initialised from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return ConditionalVAE(layout, config)
+        return ConditionalVAE(layout, configure_generator(recipe, condition_dim))
 
 
 def train_generator(
@@ -53,9 +57,7 @@ def train_generator(
     model = build_generator(layout, recipe, vectors.dim).to(device)
     normalizer = AdapterNormalizer.fit(layout, checkpoints)
     adapters = normalizer.normalize(torch.cat(list(checkpoints.values()))).to(device)
-    tasks = torch.cat(
-        [torch.full((len(rows),), i) for i, rows in enumerate(checkpoints.values())]
-    )
+    tasks = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(checkpoints.values())])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
@@ -93,9 +95,7 @@ def train_generator(
             if (step + 1) % SAVE_EVERY_STEPS == 0:
                 state = {**model.state_dict(), **optimizer_tensors(optimizer)}
                 write_tensors(state_path, state, {"step": str(step + 1)})
-            report(
-                step + 1, mse=objective.reconstruction.item(), kl=objective.kl.item()
-            )
+            report(step + 1, mse=objective.reconstruction.item(), kl=objective.kl.item())
     write_tensors(run.generator, model.state_dict())
     state_path.unlink(missing_ok=True)
     return model

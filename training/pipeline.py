@@ -16,12 +16,14 @@ from service.synthesis.bases import AdapterBases
 from service.synthesis.bundle import Bundle, BundleTask, write_bundle
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
+from service.synthesis.synthesizer import VECTOR_DTYPE
 from training.adapters import cut_windows, fine_tune, tokenize_documents
 from training.checkpoint import read_tensors, write_tensors
 from training.generator import build_generator, train_generator
 from training.progress import track_job
 from training.run_dir import RunDir
 from training.task_vectors import TaskVectors, encode_tasks, encoder_spec
+from training.tasks.cache import default_cache_dir
 from training.tasks.text import TextTask, load_text_tasks
 
 
@@ -41,7 +43,9 @@ class Pipeline:
     def base(self) -> BaseModel:
         """The frozen base, not wrapped."""
         section = self.run.recipe.base
-        return load_base_model(section.reference, dtype=section.dtype)
+        return load_base_model(
+            section.reference, dtype=section.dtype, cache_dir=default_cache_dir()
+        )
 
     @cached_property
     def bases(self) -> AdapterBases:
@@ -129,7 +133,11 @@ class Pipeline:
         train_generator(self.run, layout, checkpoints, vectors)
 
     def make_bundle(self) -> Bundle:
-        """Writes the bundle from the finished stages."""
+        """Writes the bundle from the finished stages, and beside it the own adapters.
+
+        The own adapters (mean of each task's late checkpoints) are what evaluation compares
+        with; the bundle must not hold them.
+        """
         recipe = self.run.recipe
         if not self.run.generator.exists():
             raise InvalidRecipeError("the generator is missing: run `icm-lora generator` first")
@@ -138,6 +146,9 @@ class Pipeline:
         model = build_generator(layout, recipe, vectors.dim)
         tensors, _ = read_tensors(self.run.generator)
         model.load_state_dict(tensors)
+        checkpoints = self.read_checkpoints()
+        own = {name: kept.mean(0).to(VECTOR_DTYPE) for name, kept in checkpoints.items()}
+        write_tensors(self.run.own_adapters, own, {"layout": layout.digest})
         return write_bundle(
             self.run.bundle,
             name=recipe.bundle.name,
@@ -148,7 +159,7 @@ class Pipeline:
             encoder_id=vectors.encoder_id,
             encoder_spec=encoder_spec(recipe.encoder, recipe.base),
             bases=self.bases,
-            normalizer=AdapterNormalizer.fit(layout, self.read_checkpoints()),
+            normalizer=AdapterNormalizer.fit(layout, checkpoints),
             generator=model.config,
             decoder=model.decoder,
             tasks=tuple(BundleTask(t.name, t.title, t.descriptions) for t in self.tasks),

@@ -26,23 +26,34 @@ class Report(Protocol):
 
 
 @contextmanager
-def track_job(run: RunDir, job: str, total: int, every: int = 1) -> Iterator[Report]:
-    """Shows a bar on stderr and logs every `every`-th step to the run's metrics."""
+def show_progress(job: str, total: int) -> Iterator[Report]:
+    """Shows a bar with ETA on stderr."""
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<22}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[values]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    board = _open_tensorboard(run)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(job, total=total, values="")
 
         def report(step: int, **values: float) -> None:
             shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
             progress.update(task, completed=step, values=shown)
+
+        yield report
+
+
+@contextmanager
+def track_job(run: RunDir, job: str, total: int, every: int = 1) -> Iterator[Report]:
+    """Shows a bar and logs every `every`-th step to the run's metrics (and TensorBoard)."""
+    board = _open_tensorboard(run)
+    with show_progress(job, total) as show:
+
+        def report(step: int, **values: float) -> None:
+            show(step, **values)
             if step % every == 0 or step == total:
                 run.log(job=job, step=step, **{k: round(v, 6) for k, v in values.items()})
                 for name, value in values.items() if board else ():
@@ -59,4 +70,4 @@ def _open_tensorboard(run: RunDir) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(run.root / "tensorboard")  # type: ignore[no-untyped-call]
+    return SummaryWriter(run.root / "tensorboard")

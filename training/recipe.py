@@ -23,8 +23,12 @@ class _Section(BaseModel):
 class BaseSection(_Section):
     """`[base]`: the frozen base model."""
 
-    reference: str = Field(description="embedded:..., a folder, a hub id, or tiny:random")
+    reference: str = Field(description="embedded:..., a folder or a hub id")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    architecture: dict[str, Any] | None = Field(
+        default=None,
+        description="transformers config for --dry-run where the base itself is out of reach",
+    )
 
 
 class TasksSection(_Section):

@@ -16,16 +16,19 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run; every file in it is whole or absent.
+    """Paths of a run.
 
         recipe.json                      the recipe, pinned by the first stage
         bases.safetensors                frozen bases of the adapters
         adapters/TASK.SEED.safetensors   late checkpoints of one fine-tuning
         task_vectors.safetensors         encoded wordings
         generator.safetensors            trained conditional VAE
+        own_adapters.safetensors         mean late checkpoint of each task, for evaluation
         bundle/                          what serving loads
         state/                           resumable state of whatever is unfinished
         metrics.jsonl                    one line per reported step
+
+    Every file but the last is whole or absent.
     """
 
     root: Path
@@ -81,6 +84,11 @@ class RunDir:
     def generator(self) -> Path:
         """Trained conditional VAE."""
         return self.root / "generator.safetensors"
+
+    @property
+    def own_adapters(self) -> Path:
+        """Mean late checkpoint of each task; never part of the bundle."""
+        return self.root / "own_adapters.safetensors"
 
     @property
     def bundle(self) -> Path:

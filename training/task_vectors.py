@@ -58,9 +58,7 @@ class TaskVectors:
         write_tensors(path, {"rows": self.rows, "owner": self.owner}, metadata)
 
     @classmethod
-    def read(
-        cls, path: Path, spec: Mapping[str, Any], tasks: Sequence[TextTask]
-    ) -> "TaskVectors":
+    def read(cls, path: Path, spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> "TaskVectors":
         """Reads the rows.
 
         Raises:
@@ -69,9 +67,10 @@ class TaskVectors:
         tensors, metadata = read_tensors(path)
         vectors = cls(metadata["encoder_id"], tensors["rows"], tensors["owner"])
         wordings = [len(task.descriptions) for task in tasks]
-        if metadata["spec"] != repr(sorted(spec.items())) or torch.bincount(
-            vectors.owner, minlength=len(tasks)
-        ).tolist() != wordings:
+        if (
+            metadata["spec"] != repr(sorted(spec.items()))
+            or torch.bincount(vectors.owner, minlength=len(tasks)).tolist() != wordings
+        ):
             raise InvalidRecipeError(
                 f"{path} was made with another encoder or other wordings: delete it to redo it"
             )
@@ -106,7 +105,7 @@ def encode_tasks(
         for index, task in enumerate(tasks):
             groups = len(task.descriptions)
             for group in range(groups):
-                samples = task.train[group :: groups][: section.num_samples]
+                samples = task.train[group::groups][: section.num_samples]
                 rows.append(hidden.encode_examples(samples))
                 owner.append(index)
     else:

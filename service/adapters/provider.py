@@ -1,6 +1,7 @@
 """Recipe to adapter: from a cache where one has it, generated once where none has."""
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -82,17 +83,17 @@ class AdapterProvider:
         Args:
             recipe: what to generate.
             policy: what caches are for.
-            ttl_seconds: lifetime in the caches of an adapter generated now; one that is
-                found there keeps the expiry it has.
+            ttl_seconds: lifetime in the caches of an adapter generated now. One that is found
+                there keeps the expiry it has; a shared synthesis takes the first request's.
 
         Raises:
-            InvalidInputError: `ttl_seconds` is not positive.
+            InvalidInputError: `ttl_seconds` is not positive or not finite.
             NotCachedError: policy `only`, and no cache that could be asked has it.
             QueueFullError: too many adapters are waiting to be generated.
             NotReadyError: closed.
         """
-        if ttl_seconds <= 0:
-            raise InvalidInputError(f"ttl_seconds is {ttl_seconds}: it must be positive")
+        if not 0 < ttl_seconds < math.inf:
+            raise InvalidInputError(f"ttl_seconds is {ttl_seconds}: make it positive and finite")
         if policy != "bypass":
             start = time.perf_counter()
             found = self._cache.lookup_process(recipe.adapter_id)

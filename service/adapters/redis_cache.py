@@ -86,10 +86,10 @@ class RedisCache:
                 retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
                 protocol=2,  # spares the HELLO round trip; nothing of RESP3 is used
             )
-        except ValueError as error:
+        except ValueError:  # its message may quote a part of the password
             raise InvalidInputError(
-                f"the Redis URL cannot be used ({error}): write it as redis://host:port/db"
-            ) from error
+                "the Redis URL cannot be understood: write it as redis://host:port/db"
+            ) from None
         self._client = Redis.from_pool(pool)
         self._layout = layout
         self._timeout_seconds = timeout_seconds
@@ -110,7 +110,9 @@ class RedisCache:
 
         async def fetch() -> tuple[bytes | None, int]:
             async with self._client.pipeline(transaction=True) as pipeline:
-                content, remaining_ms = await pipeline.get(key).pttl(key).execute()
+                pipeline.get(key)
+                pipeline.pttl(key)
+                content, remaining_ms = await pipeline.execute()
             return content, remaining_ms
 
         try:

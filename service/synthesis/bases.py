@@ -53,7 +53,7 @@ class AdapterBases:
                 noise = torch.randn(layout.rank, module.in_features, generator=generator)
                 tensors[module.path, "A"] = noise / module.in_features**0.5
             elif layout.kind is AdapterKind.CORE:
-                weight = model.get_submodule(module.path).weight.detach()  # type: ignore[union-attr]
+                weight = model.get_parameter(f"{module.path}.weight").detach()
                 left, sigma, right = torch.linalg.svd(weight.float().cpu(), full_matrices=False)
                 gain = sigma[: layout.rank] / sigma[: layout.rank].mean()
                 tensors[module.path, "A"] = right[: layout.rank].contiguous()

@@ -13,7 +13,6 @@ was trained for a single task is inside.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +179,7 @@ def write_bundle(
     }
     scratch = folder / ".bundle.json.partial"
     scratch.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    os.replace(scratch, manifest)
+    scratch.replace(manifest)
     return read_bundle(folder)
 
 

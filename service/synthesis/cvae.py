@@ -166,13 +166,14 @@ class PaperDecoder(nn.Module):
             for i in reversed(range(config.depth))
         )
         last = self.layers[-1]
-        assert isinstance(last, nn.ConvTranspose1d) and last.bias is not None
+        assert isinstance(last, nn.ConvTranspose1d)
+        assert last.bias is not None
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Normalised adapter vectors `[batch, num_params]`."""
-        h = self.stem(torch.cat([z, condition], dim=1))
+        h: Tensor = self.stem(torch.cat([z, condition], dim=1))
         h = h.view(z.shape[0], self.start_channels, -1)
         for index, layer in enumerate(self.layers):
             h = layer(functional.leaky_relu(h, 0.1))
@@ -227,8 +228,10 @@ class TokenMap(nn.Module):
         self.num_params = layout.num_params
         self.chunk_size = chunk_size
         self.register_buffer("index", torch.stack(index), persistent=False)
-        for name, values in (("role", role), ("layer", layer), ("chunk", chunk)):
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        positions = {"role": role, "layer": layer, "chunk": chunk}
+        self.counts = {name: max(numbers) + 1 for name, numbers in positions.items()}
+        for name, numbers in positions.items():
+            self.register_buffer(name, torch.tensor(numbers), persistent=False)
 
     def cut(self, vectors: Tensor) -> Float[Tensor, "batch tokens chunk"]:
         """Vectors to tokens; the padding of a module's last token is zero."""
@@ -248,22 +251,23 @@ class TokenMap(nn.Module):
 class TokenPositions(nn.Module):
     """Sum of learned embeddings of a token's role, layer and chunk, plus one of its own."""
 
+    role_embedding: nn.Embedding
+    layer_embedding: nn.Embedding
+    chunk_embedding: nn.Embedding
+
     def __init__(self, tokens: TokenMap, width: int) -> None:
         super().__init__()
         self.tokens = tokens
-        for name in ("role", "layer", "chunk"):
-            count = int(getattr(tokens, name).max()) + 1
+        for name, count in tokens.counts.items():
             setattr(self, f"{name}_embedding", nn.Embedding(count, width))
         self.own = nn.Parameter(torch.randn(len(tokens.role), width) * 0.5)
 
     def forward(self) -> Float[Tensor, "tokens width"]:
         """Positions of all tokens."""
-        return (
-            self.role_embedding(self.tokens.role)
-            + self.layer_embedding(self.tokens.layer)
-            + self.chunk_embedding(self.tokens.chunk)
-            + self.own
-        )
+        positions: Tensor = self.role_embedding(self.tokens.role)
+        positions = positions + self.layer_embedding(self.tokens.layer)
+        positions = positions + self.chunk_embedding(self.tokens.chunk)
+        return positions + self.own
 
 
 class ConditionedConv(nn.Module):
@@ -285,7 +289,8 @@ class ConditionedConv(nn.Module):
         """The next layer's activations."""
         gain, shift = self.film(condition)[:, None].chunk(2, dim=-1)
         modulated = functional.gelu((1 + gain) * self.norm(h) + shift)
-        return h + self.conv(modulated.mT).mT
+        update: Tensor = self.conv(modulated.mT).mT
+        return h + update
 
 
 class TokenEncoder(nn.Module):
@@ -331,9 +336,7 @@ class TokenDecoder(nn.Module):
         )
         self.layers = nn.ModuleList(ConditionedConv(width, width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.Parameter(
-            torch.zeros(len(layout.roles), width, self.tokens.chunk_size)
-        )
+        self.heads = nn.Parameter(torch.zeros(len(layout.roles), width, self.tokens.chunk_size))
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Normalised adapter vectors `[batch, num_params]`."""

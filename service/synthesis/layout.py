@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -84,7 +85,8 @@ class AdapterLayout:
         modules: adapted modules in the base model's order.
 
     Raises:
-        InvalidInputError: no modules, a module twice, or a rank that does not fit a module.
+        InvalidInputError: no modules, a module twice, a rank that does not fit a module, or an
+            alpha that is not positive.
     """
 
     kind: AdapterKind
@@ -102,6 +104,8 @@ class AdapterLayout:
             raise InvalidInputError(
                 f"rank {self.rank} does not fit: choose 1..{largest} (the smallest module side)"
             )
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InvalidInputError(f"alpha {self.alpha} does not fit: choose a positive number")
 
     @classmethod
     def from_model(
@@ -153,7 +157,8 @@ class AdapterLayout:
     @property
     def num_params(self) -> int:
         """Length of an adapter vector."""
-        return self.entries[-1].span.stop
+        last = self.entries[-1]
+        return last.offset + last.numel
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
@@ -162,11 +167,12 @@ class AdapterLayout:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over kind, rank, alpha and every entry: equal digest, equal meaning."""
+        """sha256 over kind, rank, alpha, modules and entries: equal digest, equal meaning."""
         body = {
             "kind": self.kind.value,
             "rank": self.rank,
             "alpha": self.alpha,
+            "modules": [[m.path, m.in_features, m.out_features] for m in self.modules],
             "entries": [[e.module, e.tensor, list(e.shape), e.offset] for e in self.entries],
         }
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
@@ -233,14 +239,12 @@ class AdapterLayout:
             InvalidAdapterError: malformed, or its digest does not match its content.
         """
         try:
-            modules = tuple(
-                AdaptedModule(str(p), int(i), int(o)) for p, i, o in body["modules"]
-            )
+            modules = tuple(AdaptedModule(str(p), int(i), int(o)) for p, i, o in body["modules"])
             layout = cls(
                 AdapterKind(body["kind"]), int(body["rank"]), float(body["alpha"]), modules
             )
             digest = body["digest"]
-        except (KeyError, TypeError, ValueError, InvalidInputError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, InvalidInputError) as error:
             raise InvalidAdapterError(f"malformed adapter layout: {error}") from error
         if layout.digest != digest:
             raise InvalidAdapterError("the adapter layout does not match its digest")

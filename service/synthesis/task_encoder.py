@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -192,8 +193,12 @@ def _load_embedded_minilm() -> tuple[Any, Any, str]:
         config = Path(scratch) / f"{name}.json"
         config.write_text(json.dumps({"embed_dim": 384, "vision_cfg": vision, "text_cfg": text}))
         open_clip.add_model_config(config)
-        clip = open_clip.create_model(name, pretrained_hf=True)
-        tokenize = open_clip.get_tokenizer(name)
+        logging.disable(logging.WARNING)  # "initialized partially": the vision tower, dropped
+        try:
+            clip = open_clip.create_model(name, pretrained_hf=True)
+            tokenize = open_clip.get_tokenizer(name)
+        finally:
+            logging.disable(logging.NOTSET)
     return clip, tokenize, weights
 
 

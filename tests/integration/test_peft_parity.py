@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from service.adapters.peft_format import read_peft_directory, write_peft_directory
 from service.inference.base_model import EMBEDDED_SMOLLM2, load_base_model
@@ -39,7 +39,7 @@ def make_tiny_llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config)  # has no dropout: training mode changes nothing
 
 
 def draw_vectors(layout: AdapterLayout, rows: int, std: float) -> Float[Tensor, "rows num_params"]:
@@ -122,7 +122,7 @@ def test_directory_made_by_peft_reads_back_to_the_same_forward(tmp_path: Path) -
     tokens = draw_tokens(2, model.config.vocab_size)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), init_lora_weights=False)
     trained = get_peft_model(model, config)
-    trained.save_pretrained(tmp_path)
+    trained.save_pretrained(str(tmp_path))
     with torch.no_grad():
         reference = trained(input_ids=tokens).logits
     trained.unload()
@@ -146,7 +146,7 @@ def test_mixed_batch_equals_peft_on_smollm2(tmp_path: Path) -> None:
 
 
 def check_mixed_batch(
-    model: nn.Module, kind: AdapterKind, *, rank: int, std: float, folder: Path
+    model: PreTrainedModel, kind: AdapterKind, *, rank: int, std: float, folder: Path
 ) -> None:
     """Eight rows, six adapters and two base rows in one forward, against PEFT row by row."""
     layout = AdapterLayout.from_model(
@@ -155,7 +155,7 @@ def check_mixed_batch(
     bases = AdapterBases.from_model(layout, model)
     vectors = draw_vectors(layout, BATCH_ROWS, std)
     vectors[list(BASE_ROWS)] = 0.0
-    tokens = draw_tokens(BATCH_ROWS, model.get_input_embeddings().num_embeddings)  # type: ignore[operator,union-attr]
+    tokens = draw_tokens(BATCH_ROWS, model.config.vocab_size)
 
     with torch.no_grad():
         base = model(input_ids=tokens).logits

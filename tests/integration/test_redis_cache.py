@@ -4,7 +4,8 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 
 import pytest
@@ -17,6 +18,7 @@ from service.errors import AdapterNotFoundError, InvalidInputError, NotCachedErr
 from tests.fixtures.adapter_records import LAYOUT, HeldSynthesizer, make_recipe, make_record
 from tests.fixtures.redis_server import RedisServer
 
+pytestmark = pytest.mark.redis
 RECORD = make_record()
 KEY = KEY_PREFIX + RECORD.adapter_id
 TIMEOUT_SECONDS = 0.1
@@ -78,9 +80,10 @@ async def measure(call: Awaitable[object]) -> float:
 
 
 @pytest.fixture
-def inspector(redis_server: RedisServer) -> Redis:
+def inspector(redis_server: RedisServer) -> Iterator[Redis]:
     """A client beside the cache's own, to look at and alter what is stored."""
-    return Redis.from_url(redis_server.url, single_connection_client=False)
+    with Redis.from_url(redis_server.url) as client:
+        yield client
 
 
 def test_record_comes_back_with_its_remaining_lifetime(
@@ -187,6 +190,18 @@ def test_a_frozen_server_costs_one_timeout_then_nothing(redis_server: RedisServe
     run_with_cache(redis_server.url, scenario, timeout_seconds=TIMEOUT_SECONDS)
 
 
+def test_waiting_for_a_connection_counts_against_the_bound(redis_server: RedisServer) -> None:
+    timeout_seconds = 1.0
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        assert await cache.ping()
+        redis_server.pause()
+        crowd = [asyncio.create_task(measure(cache.get(RECORD.adapter_id))) for _ in range(40)]
+        assert max(await asyncio.gather(*crowd)) < 1.9 * timeout_seconds
+
+    run_with_cache(redis_server.url, scenario, timeout_seconds=timeout_seconds)
+
+
 def test_a_server_that_never_was_is_an_answer_too(redis_server: RedisServer) -> None:
     redis_server.stop()
 
@@ -249,6 +264,13 @@ def test_an_url_that_is_not_redis_is_refused(url: str) -> None:
         RedisCache(url, LAYOUT)
 
 
+def test_a_bad_url_does_not_leak_its_password() -> None:
+    with pytest.raises(InvalidInputError) as refusal:
+        RedisCache("redis://:secret/word@localhost", LAYOUT)
+    report = "".join(traceback.format_exception(refusal.value, limit=0))
+    assert "secret" not in report
+
+
 def run_replicas(
     url: str,
     scenario: Callable[[AdapterProvider, AdapterProvider, Events], Awaitable[None]],
@@ -259,8 +281,8 @@ def run_replicas(
 
     async def main() -> None:
         events = Events()
-        replicas = []
-        for _ in range(2):
+
+        def make_replica() -> AdapterProvider:
             redis = RedisCache(
                 url,
                 LAYOUT,
@@ -269,12 +291,14 @@ def run_replicas(
                 on_state=events.on_redis_state,
             )
             cache = AdapterCache(ProcessCache(max_bytes=100_000), redis, events)
-            replicas.append(AdapterProvider(HeldSynthesizer(), cache))
+            return AdapterProvider(HeldSynthesizer(), cache)
+
+        here, there = make_replica(), make_replica()
         try:
-            await scenario(*replicas, events)
+            await scenario(here, there, events)
         finally:
-            for replica in replicas:
-                await replica.close()
+            await here.close()
+            await there.close()
 
     asyncio.run(main())
 

@@ -60,7 +60,7 @@ def test_another_shape_or_dtype_is_refused(vector: torch.Tensor) -> None:
     header["vector_sha256"] = digest_vector(vector)
     content = safetensors.torch.save({"vector": vector}, {"record": json.dumps(header)})
 
-    with pytest.raises(InvalidAdapterError, match="expected torch.float16 of shape"):
+    with pytest.raises(InvalidAdapterError, match=r"expected torch\.float16 of shape"):
         AdapterRecord.from_bytes(content, LAYOUT)
 
 

@@ -1,0 +1,132 @@
+"""`icm-lora demo`: a task in words becomes an adapter, seen from outside over HTTP."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from service.errors import NotReadyError
+
+TASK = "Continue in the style of a cooking recipe."
+PROMPT = "Grandmother's apple pie\n\n"
+MAX_TOKENS = 60
+START_TIMEOUT_SECONDS = 300
+SHOWN_METRICS = (
+    "icm_lora_adapters_generated_total",
+    "icm_lora_cache_lookups_total",
+    "icm_lora_slots",
+    "icm_lora_generated_tokens_total",
+)
+
+
+def run_demo() -> int:
+    """Starts the service, asks it with and without an adapter, prints both, stops it."""
+    with running_service() as url:
+        _print_heading(f"POST /generate-lora  {TASK!r}")
+        adapter = post_json(url, "/generate-lora", {"task": TASK})
+        _print_json(
+            {
+                **adapter,
+                "nearest": adapter["nearest"][:3],
+                "bundle": f"{adapter['bundle']['name']} {adapter['bundle']['version']}",
+            }
+        )
+        again = post_json(url, "/generate-lora", {"task": TASK})
+        print(f"\nagain: cache {again['cache']}, {again['milliseconds']['total']:.1f} ms")
+        for adapter_id in ("base", adapter["adapter_id"]):
+            _print_heading(f"POST /infer  adapter_id {adapter_id[:12]}  prompt {PROMPT!r}")
+            request = {"adapter_id": adapter_id, "prompt": PROMPT, "max_tokens": MAX_TOKENS}
+            answer = post_json(url, "/infer", request)
+            print(answer["text"].strip())
+            seconds = answer["milliseconds"]["total"] / 1000
+            tokens = answer["usage"]["completion_tokens"]
+            print(f"\n{tokens} tokens in {seconds:.2f} s; receipt:")
+            _print_json({k: v for k, v in answer["receipt"].items() if k != "bundle"})
+        _print_heading("GET /metrics")
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        print("\n".join(line for line in lines if line.startswith(SHOWN_METRICS)))
+    return 0
+
+
+def find_free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_service(settings: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The service as a process on a free port, with settings on top of the environment's.
+
+    It is stopped whatever happens in the block.
+
+    Raises:
+        NotReadyError: it ended, or was not ready in time.
+    """
+    port = str(find_free_port())
+    environment = {"ICM_LORA_LOG_LEVEL": "warning", **os.environ, **(settings or {})}
+    environment["ICM_LORA_PORT"] = port
+    url = f"http://127.0.0.1:{port}"
+    print(f"starting the service on {url} (the first start unpacks the base model) ...")
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
+    try:
+        while not _is_ready(url):
+            if process.poll() is not None:
+                raise NotReadyError(f"the service ended with status {process.returncode}")
+            if time.perf_counter() - started > START_TIMEOUT_SECONDS:
+                raise NotReadyError(f"not ready within {START_TIMEOUT_SECONDS} s")
+            time.sleep(0.2)
+        print(f"ready after {time.perf_counter() - started:.1f} s")
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def post_json(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Posts JSON and reads the JSON answer.
+
+    Raises:
+        NotReadyError: the service answered with an error.
+    """
+    request = urllib.request.Request(
+        url + path,
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except urllib.error.HTTPError as error:
+        raise NotReadyError(f"{path} answered {error.code}: {error.read().decode()}") from error
+
+
+def _print_heading(text: str) -> None:
+    print(f"\n--- {text}")
+
+
+def _print_json(body: dict[str, Any]) -> None:
+    print(json.dumps(body, indent=2, ensure_ascii=False))

@@ -1,0 +1,144 @@
+"""`make bench`: latency from words to a resident adapter, and mixed-adapter decoding.
+
+Every number is measured here and compared with its target; a missed target is exit status 1.
+Latencies are seen by an HTTP client on this machine. Two services share one Redis, so that
+an adapter made by the first is a Redis hit for the second.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from service.demo import find_free_port, post_json, running_service
+from tests.bench.decode import measure_decode
+from training.checkpoint import write_text
+from training.evaluation.report import describe_hardware
+
+COLD_REQUESTS = 120
+CACHED_REQUESTS = 200
+TOPICS = ("soup", "sonnets", "sorting", "senators", "sails", "saffron", "satire", "science")
+VERBS = ("Write about", "Continue a text on", "Explain", "Compose lines on", "Report on")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with its target."""
+
+    name: str
+    value: float
+    unit: str
+    target: float
+    at_most: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is on the right side of the target."""
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    def render(self) -> str:
+        """One line."""
+        sign = "<=" if self.at_most else ">="
+        verdict = "ok" if self.met else "MISSED"
+        return (
+            f"{self.name:<52} {self.value:>9.3f} {self.unit:<3} {sign} {self.target:g}  {verdict}"
+        )
+
+
+def main() -> int:
+    """Measures everything, prints a table, returns 1 where a target is missed."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    arguments = parser.parse_args()
+    rows = [*measure_latencies(), *_measure_engine()]
+    print("\n".join(row.render() for row in rows))
+    if arguments.out:
+        document = {
+            "hardware": describe_hardware(),
+            "measurements": [{**asdict(row), "met": row.met} for row in rows],
+        }
+        write_text(arguments.out, json.dumps(document, indent=1) + "\n")
+    missed = sum(not row.met for row in rows)
+    print(f"{len(rows) - missed} of {len(rows)} targets met")
+    return 1 if missed else 0
+
+
+def measure_latencies() -> list[Measurement]:
+    """Words to a resident adapter: generated, from the process's cache, from Redis."""
+    with _redis_server() as redis_url:
+        environment = {"ICM_LORA_REDIS_URL": redis_url}
+        with running_service(environment) as first, running_service(environment) as second:
+            _generate(first, "warm up the encoder and the decoder")
+            _generate(second, "warm up the encoder and the decoder of the other")
+            tasks = [f"{VERBS[i % 5]} {TOPICS[i % 8]}, variant {i}" for i in range(COLD_REQUESTS)]
+            cold = [_generate(first, task, "miss") for task in tasks]
+            redis = [_generate(second, task, "hit") for task in tasks]
+            cached = [
+                _generate(first, tasks[i % len(tasks)], "hit") for i in range(CACHED_REQUESTS)
+            ]
+            stages = _stage_medians(first, tasks)
+    print("stage medians of a cold generation, ms: " + json.dumps(stages))
+    return [
+        Measurement("description -> slot, cold, p50", _quantile(cold, 50), "ms", 150, True),
+        Measurement("description -> slot, cold, p99", _quantile(cold, 99), "ms", 400, True),
+        Measurement("description -> slot, process cache, p50", _quantile(cached, 50), "ms", 5, True),
+        Measurement("description -> slot, Redis, p50", _quantile(redis, 50), "ms", 10, True),
+    ]
+
+
+def _measure_engine() -> list[Measurement]:
+    decode = measure_decode()
+    return [
+        Measurement("slot write, p50", decode.slot_write_p50_seconds * 1e3, "ms", 1, True),
+        Measurement("slot write, p99", decode.slot_write_p99_seconds * 1e3, "ms", 1, True),
+        Measurement(
+            "16 adapters / 16 base rows, decode tokens/s", decode.ratio, "x", 0.90, False
+        ),
+    ]
+
+
+def _generate(url: str, task: str, cache: str | None = None) -> float:
+    """Milliseconds that a client waits for an adapter to be resident."""
+    started = time.perf_counter()
+    answer = post_json(url, "/generate-lora", {"task": task})
+    elapsed = time.perf_counter() - started
+    if cache is not None and (answer["cache"] != cache or answer["degraded"]):
+        raise SystemExit(f"expected cache {cache}, got {answer['cache']} {answer['degraded']}")
+    return elapsed * 1e3
+
+
+def _stage_medians(url: str, tasks: list[str]) -> dict[str, float]:
+    body: dict[str, Any] = {"cache": "bypass"}
+    answers = [post_json(url, "/generate-lora", {**body, "task": task}) for task in tasks[:20]]
+    names = answers[0]["milliseconds"]
+    return {n: round(_quantile([a["milliseconds"][n] for a in answers], 50), 2) for n in names}
+
+
+def _quantile(values: list[float], percent: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+@contextlib.contextmanager
+def _redis_server() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        port = find_free_port()
+        command = ["redis-server", "--port", str(port), "--dir", folder, "--save", ""]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            time.sleep(0.5)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""`icm-lora`: train generators, evaluate them, make adapters, serve."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.errors import IcmLoraError, InvalidInputError
+
+if TYPE_CHECKING:
+    from training.evaluation.text import TaskResult
+    from training.pipeline import Pipeline
+
+REPOSITORY_BUNDLE = Path(__file__).parents[1] / "service" / "bundles" / "text-smollm2"
+RESULTS_DIR = Path(__file__).parent / "results"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns 0, 1 for a failed check or error, 2 for wrong usage."""
+    arguments = build_parser().parse_args(argv)
+    if getattr(arguments, "threads", None):
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except IcmLoraError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="icm-lora", description="A task in words becomes a LoRA that answers at once."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    prepare = add("prepare", _prepare, "write an embedded base model into the cache (once)")
+    prepare.add_argument("--base", default="embedded:smollm2-135m-instruct", metavar="REFERENCE")
+
+    data = add("data", _data, "fetch and prepare the twelve text domains (once)")
+    data.add_argument("names", nargs="*", metavar="DOMAIN", help="all where none is named")
+
+    train = add("train", _train, "run all stages of a recipe; resumes where it was stopped")
+    train.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
+    train.add_argument("--out", type=Path, metavar="RUN", help="folder of the run")
+    train.add_argument(
+        "--dry-run", action="store_true", help="only count parameters, memory (GiB), time (hours)"
+    )
+    train.add_argument(
+        "--flops",
+        type=float,
+        default=3e11,
+        metavar="RATE",
+        help="--dry-run: sustained floating-point operations per second (default 3e11)",
+    )
+    for name, stage, text in (
+        ("adapters", _adapters, "stage 1: fine-tune one adapter per task (may run in parallel)"),
+        ("vectors", _vectors, "stage 2: encode the task descriptions"),
+        ("generator", _generator, "stage 3: train the conditional VAE"),
+    ):
+        sub = add(name, stage, text)
+        sub.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
+        sub.add_argument("--out", type=Path, required=True, metavar="RUN")
+        _add_threads(sub)
+    _add_threads(train)
+
+    bundle = commands.add_parser("bundle", help="make or inspect bundles")
+    actions = bundle.add_subparsers(required=True, metavar="ACTION")
+    make = actions.add_parser("make", help="stage 4: write the bundle of a finished run")
+    make.add_argument("run", type=Path, metavar="RUN")
+    make.set_defaults(command=_make_bundle)
+    inspect = actions.add_parser("inspect", help="validate a bundle and say what is in it")
+    inspect.add_argument("bundle", type=Path, nargs="?", default=REPOSITORY_BUNDLE)
+    inspect.set_defaults(command=_inspect_bundle)
+
+    evaluate = add("evaluate", _evaluate, "score a bundle on held-out data")
+    evaluate.add_argument("--suite", choices=["text"], default="text")
+    evaluate.add_argument("--bundle", type=Path, default=REPOSITORY_BUNDLE)
+    evaluate.add_argument(
+        "--own",
+        type=Path,
+        metavar="FILE",
+        help="own adapters to compare with (default: the committed ones of the bundle)",
+    )
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="a subset of the tasks")
+    evaluate.add_argument("--windows", type=int, default=200, help="windows per task")
+    evaluate.add_argument("--window-tokens", type=int, default=65, help="tokens per window")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the choice of windows")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write JSON, table, figure")
+    evaluate.add_argument(
+        "--check", action="store_true", help="fail where generated PPL > 1.01 x own on a task"
+    )
+    _add_threads(evaluate)
+
+    generate = add("generate", _generate, "write an adapter as a PEFT directory")
+    generate.add_argument("task", help='for example "Continue in the style of a recipe."')
+    generate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    generate.add_argument("--bundle", type=Path, default=REPOSITORY_BUNDLE)
+    generate.add_argument("--mode", choices=["mode", "sample"], default="mode")
+    generate.add_argument("--seed", type=int, default=0, help="--mode sample: of z")
+    generate.add_argument("--temperature", type=float, default=1.0, help="std of z, 0 to 2")
+    generate.add_argument("--strength", type=float, default=1.0, help="factor on the update, 0 to 4")
+
+    add("serve", _serve, "serve HTTP; settings come from ICM_LORA_* variables (see README)")
+    add("demo", _demo, "start the service, generate an adapter, compare it with the base")
+    return parser
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from service.inference.base_model import prepare_embedded_model
+    from training.tasks.cache import default_cache_dir
+
+    print(prepare_embedded_model(arguments.base, default_cache_dir()))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from training.tasks.text_domains import prepare_domains
+
+    prepare_domains(names=arguments.names or None)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from training.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe)
+    if arguments.dry_run:
+        from training.estimate import estimate_recipe
+
+        num_tasks = len(recipe.tasks.names or ()) or 12
+        print(estimate_recipe(recipe).render(arguments.flops, num_tasks))
+        return 0
+    if arguments.out is None:
+        raise InvalidInputError("--out RUN is needed, unless with --dry-run")
+    bundle = _open_pipeline(arguments).run_all()
+    print(f"bundle {bundle.name} {bundle.version} {bundle.digest} in {arguments.out / 'bundle'}")
+    return 0
+
+
+def _open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
+    from training.pipeline import Pipeline
+    from training.recipe import read_recipe
+    from training.run_dir import RunDir
+
+    return Pipeline(RunDir.open(arguments.out, read_recipe(arguments.recipe)))
+
+
+def _adapters(arguments: argparse.Namespace) -> int:
+    _open_pipeline(arguments).fine_tune_adapters()
+    return 0
+
+
+def _vectors(arguments: argparse.Namespace) -> int:
+    _open_pipeline(arguments).encode_task_vectors()
+    return 0
+
+
+def _generator(arguments: argparse.Namespace) -> int:
+    _open_pipeline(arguments).train_generator()
+    return 0
+
+
+def _make_bundle(arguments: argparse.Namespace) -> int:
+    from training.pipeline import Pipeline
+    from training.run_dir import RunDir
+
+    bundle = Pipeline(RunDir.read(arguments.run)).make_bundle()
+    print(f"bundle {bundle.name} {bundle.version} {bundle.digest} in {arguments.run / 'bundle'}")
+    return 0
+
+
+def _inspect_bundle(arguments: argparse.Namespace) -> int:
+    from service.synthesis.bundle import read_bundle
+
+    bundle = read_bundle(arguments.bundle)
+    size = sum(path.stat().st_size for path in arguments.bundle.iterdir())
+    layout = bundle.layout
+    rows = [
+        ("name", f"{bundle.name} {bundle.version} ({bundle.modality})"),
+        ("digest", bundle.digest),
+        ("base", f"{bundle.base_reference} ({bundle.base_digest[:12]})"),
+        ("encoder", bundle.encoder_id),
+        ("adapters", f"{layout.kind} r={layout.rank} alpha={layout.alpha:g}"),
+        ("target modules", f"{', '.join(layout.roles)} x {len(layout.modules)}"),
+        ("parameters", f"{layout.num_params:,} ({layout.num_params * 2 / 1000:,.1f} kB float16)"),
+        ("generator", f"{bundle.generator.preset}, depth {bundle.generator.depth}"),
+        ("size", f"{size / 1e6:.2f} MB"),
+        ("commit", str(bundle.provenance.get("commit"))),
+        ("recipe", str(bundle.provenance.get("recipe_digest"))),
+        ("tasks", ", ".join(task.name for task in bundle.tasks)),
+    ]
+    print("\n".join(f"{name:<16} {value}" for name, value in rows))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from service.inference.base_model import load_base_model
+    from service.synthesis.synthesizer import load_synthesizer
+    from training.checkpoint import read_tensors
+    from training.evaluation.report import render_table, write_report
+    from training.evaluation.text import GIBBERISH, METHODS, evaluate_text
+    from training.progress import show_progress
+    from training.recipe import Recipe
+    from training.tasks.cache import default_cache_dir
+    from training.tasks.text import load_text_tasks
+
+    synthesizer = load_synthesizer(arguments.bundle)
+    bundle = synthesizer.bundle
+    own_path = arguments.own or RESULTS_DIR / bundle.name / "own_adapters.safetensors"
+    if not own_path.exists():
+        raise InvalidInputError(f"no own adapters in {own_path}: name them with --own FILE")
+    recipe = Recipe.model_validate(bundle.provenance["recipe"])
+    names = arguments.tasks or [task.name for task in bundle.tasks]
+    tasks = load_text_tasks(recipe.tasks.source, names)
+    own, _ = read_tensors(own_path)
+    base = load_base_model(
+        bundle.base_reference, dtype=recipe.base.dtype, cache_dir=default_cache_dir()
+    )
+    with show_progress("evaluate", len(tasks) * len(METHODS)) as report:
+        results = evaluate_text(
+            synthesizer,
+            own,
+            base,
+            tasks,
+            num_windows=arguments.windows,
+            window_tokens=arguments.window_tokens,
+            seed=arguments.seed,
+            report=report,
+        )
+    print(render_table(results))
+    if arguments.out is not None:
+        settings = {
+            "suite": arguments.suite,
+            "num_windows": arguments.windows,
+            "window_tokens": arguments.window_tokens,
+            "seed": arguments.seed,
+            "dtype": recipe.base.dtype,
+            "gibberish": GIBBERISH,
+        }
+        write_report(arguments.out, results, bundle, settings)
+    return _check_ratios(results) if arguments.check else 0
+
+
+def _check_ratios(results: "Sequence[TaskResult]") -> int:
+    from training.evaluation.text import MAX_PPL_RATIO
+
+    missed = [r for r in results if r.ppl_ratio.value > MAX_PPL_RATIO]
+    for result in missed:
+        print(
+            f"MISSED {result.name}: generated / own = {result.ppl_ratio.value:.4f} "
+            f"> {MAX_PPL_RATIO}",
+            file=sys.stderr,
+        )
+    print(f"check: {len(results) - len(missed)} of {len(results)} tasks within {MAX_PPL_RATIO}")
+    return 1 if missed else 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from service.adapters.peft_format import write_peft_directory
+    from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
+
+    synthesizer = load_synthesizer(arguments.bundle)
+    bundle = synthesizer.bundle
+    recipe = AdapterRecipe.build(
+        task=arguments.task,
+        bundle_digest=bundle.digest,
+        mode=arguments.mode,
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        strength=arguments.strength,
+    )
+    adapter = synthesizer.synthesize(recipe)
+    write_peft_directory(
+        arguments.out, bundle.layout, bundle.bases, adapter.vector, bundle.base_reference
+    )
+    nearest = adapter.nearest[0]
+    print(f"adapter {adapter.adapter_id} in {arguments.out}")
+    print(f"nearest training task {nearest.name} ({nearest.similarity:.3f})", end=", ")
+    print(f"in-distribution score {adapter.in_distribution:.3f}")
+    return 0
+
+
+def _serve(_: argparse.Namespace) -> int:
+    from service.__main__ import main as serve
+
+    return serve()
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from service.demo import run_demo
+
+    return run_demo()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
