@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +17,7 @@ from rich.progress import (
 from training.run_dir import RunDir
 
 
+@runtime_checkable
 class Report(Protocol):
     """Called with the number of steps done and named values at that step."""
 

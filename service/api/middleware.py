@@ -69,7 +69,7 @@ class RequestScope:
             request_id_context.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", UNMATCHED_ROUTE)
+        route = find_template(scope)
         self.metrics.observe_request(route, scope["method"], status, seconds)
         fields = {
             "method": scope["method"],
@@ -101,6 +101,14 @@ class BodyLimit:
             return message
 
         await self.app(scope, receive_limited, send)
+
+
+def find_template(scope: Scope) -> str:
+    """Template of the route that matched, or one constant for all paths that match none."""
+    if (route := scope.get("route")) is not None:
+        return str(route.path)
+    # FastAPI's documentation pages are plain routes without parameters: they leave only this.
+    return str(scope["path"]) if "endpoint" in scope else UNMATCHED_ROUTE
 
 
 def accept_request_id(offered: str | None) -> str:

@@ -207,7 +207,14 @@ def read_bundle(folder: Path) -> Bundle:
         raise
     except IcmLoraError as error:
         raise InvalidBundleError(f"bundle in {folder}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InvalidBundleError(f"malformed bundle in {folder}: {error!r}") from error
 
 
@@ -244,6 +251,9 @@ def _assemble(
         raise InvalidBundleError(f"task vectors have shape {tuple(vectors.shape)}")
     if set(owner.tolist()) != set(range(len(tasks))):
         raise InvalidBundleError("task vectors do not belong to the bundle's tasks")
+    quantiles = state["task_vectors"]["similarity_quantiles"]
+    if quantiles.ndim != 1 or not len(quantiles):
+        raise InvalidBundleError(f"similarity quantiles have shape {tuple(quantiles.shape)}")
     return Bundle(
         name=document["name"],
         version=document["version"],
@@ -261,6 +271,6 @@ def _assemble(
         tasks=tasks,
         task_vectors=vectors,
         owner=owner,
-        similarity_quantiles=state["task_vectors"]["similarity_quantiles"].sort().values,
+        similarity_quantiles=quantiles.sort().values,
         provenance=document["provenance"],
     )

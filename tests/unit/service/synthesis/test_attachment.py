@@ -10,7 +10,13 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
-from service.synthesis.attachment import AdaptedLinear, AdapterRows, Attachment, initial_vector
+from service.synthesis.attachment import (
+    FEW_TOKENS,
+    AdaptedLinear,
+    AdapterRows,
+    Attachment,
+    initial_vector,
+)
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
 from tests.fixtures.kernel import PROPERTY, adapt_tiny_net, normal
@@ -19,15 +25,19 @@ KINDS = pytest.mark.parametrize("kind", AdapterKind)
 
 
 def make_adapted_linear(
-    kind: AdapterKind, in_features: int, out_features: int, rank: int
+    kind: AdapterKind,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[AdaptedLinear, AdapterBases]:
     """One linear with random weights, wrapped."""
-    linear = nn.Linear(in_features, out_features, dtype=torch.float32)
+    linear = nn.Linear(in_features, out_features, dtype=dtype)
     nn.init.normal_(linear.weight)
     module = AdaptedModule("only", in_features, out_features)
     layout = AdapterLayout(kind, rank, 3.0, (module,))
     bases = AdapterBases.from_model(layout, nn.ModuleDict({"only": linear}))
-    return AdaptedLinear(linear, module, bases, AdapterRows()), bases
+    return AdaptedLinear(linear, module, bases, AdapterRows(layout)), bases
 
 
 @PROPERTY
@@ -168,12 +178,21 @@ def test_detach_puts_the_same_linears_back(kind: AdapterKind) -> None:
 
 
 @KINDS
-def test_frozen_bases_follow_the_dtype_of_the_weight(kind: AdapterKind) -> None:
-    net, layout, bases = adapt_tiny_net(kind)
-    net.to(torch.bfloat16)
-    Attachment(net, bases).rows.vectors = normal(2, layout.num_params).bfloat16()
+@pytest.mark.parametrize("tokens", [FEW_TOKENS // 2, FEW_TOKENS])  # computed in either dtype
+def test_a_bfloat16_base_gets_the_float32_update_rounded(kind: AdapterKind, tokens: int) -> None:
+    half, bases = make_adapted_linear(kind, 8, 6, rank=2, dtype=torch.bfloat16)
+    vectors, x = normal(2, bases.layout.num_params).bfloat16(), normal(2, tokens, 8).bfloat16()
+    half.rows.vectors = vectors
+    expected = half.base(x).float()
+    for row, vector in enumerate(vectors):
+        down, up = bases.expand(vector)["only"]
+        expected[row] += x[row].float() @ down.T @ up.T * bases.layout.scaling
 
-    assert net(normal(2, 5, 6).bfloat16()).dtype == torch.bfloat16
+    out = half(x)
+
+    assert out.dtype == torch.bfloat16
+    error = (out.float() - expected).abs().max() / expected.abs().max()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @KINDS
