@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--mode", choices=["mode", "sample"], default="mode")
     generate.add_argument("--seed", type=int, default=0, help="--mode sample: of z")
     generate.add_argument("--temperature", type=float, default=1.0, help="std of z, 0 to 2")
-    generate.add_argument("--strength", type=float, default=1.0, help="factor on the update, 0 to 4")
+    generate.add_argument("--strength", type=float, default=1.0, help="update factor, 0 to 4")
 
     add("serve", _serve, "serve HTTP; settings come from ICM_LORA_* variables (see README)")
     add("demo", _demo, "start the service, generate an adapter, compare it with the base")
@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from training.estimate import estimate_recipe
 
         num_tasks = len(recipe.tasks.names or ()) or 12
-        print(estimate_recipe(recipe).render(arguments.flops, num_tasks))
+        print(estimate_recipe(recipe, num_tasks).render(arguments.flops, num_tasks))
         return 0
     if arguments.out is None:
         raise InvalidInputError("--out RUN is needed, unless with --dry-run")

@@ -1,9 +1,9 @@
 """Dry runs: what a recipe would build and cost, without weights, data or training."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from service.inference.base_model import prepare_embedded_model
 from service.synthesis.cvae import ConditionalVAE
@@ -34,7 +34,7 @@ class Estimate:
     generator_params: int
     decoder_params: int
     finetune_flops_per_task: float
-    generator_flops: float
+    generator_flops_per_task: float
     finetune_peak_bytes: int
     generator_peak_bytes: int
     checkpoints_bytes_per_task: int
@@ -42,7 +42,7 @@ class Estimate:
     def render(self, flops_per_second: float, num_tasks: int) -> str:
         """A readable summary; hours are for the given sustained rate."""
         finetune_hours = self.finetune_flops_per_task / flops_per_second / 3600
-        generator_hours = self.generator_flops * num_tasks / flops_per_second / 3600
+        generator_hours = self.generator_flops_per_task * num_tasks / flops_per_second / 3600
         rows = [
             ("base parameters", f"{self.base_params:,}"),
             ("adapted modules", f"{self.adapter_modules:,}"),
@@ -59,7 +59,7 @@ class Estimate:
         return "\n".join(f"{name:<30} {value:>18}" for name, value in rows)
 
 
-def estimate_recipe(recipe: Recipe) -> Estimate:
+def estimate_recipe(recipe: Recipe, num_tasks: int) -> Estimate:
     """Builds base, layout and networks on the meta device and counts.
 
     Raises:
@@ -72,7 +72,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     base_params = sum(p.numel() for p in model.parameters())
     dim = CONDITION_DIMS.get(recipe.encoder.model, int(model.config.hidden_size))
     with torch.device("meta"):
-        generator = ConditionalVAE(layout, configure_generator(recipe, dim))
+        generator = ConditionalVAE(layout, configure_generator(recipe, dim, num_tasks))
     generator_params = sum(p.numel() for p in generator.parameters())
     decoder_params = sum(p.numel() for p in generator.decoder.parameters())
     section = recipe.finetune
@@ -84,6 +84,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     hidden = batch_tokens * int(model.config.hidden_size) * layers * 16 * weight_bytes
     logits = batch_tokens * int(model.config.vocab_size) * (2 * 4 + weight_bytes)
     vectors = len(section.seeds) * section.keep_last
+    generator_flops = 6.0 * _generator_macs(generator, layout)  # forward, and twice backward
     bases = layout.num_params * 2 if adapter.kind is not AdapterKind.LORA else 0
     return Estimate(
         base_params=base_params,
@@ -93,7 +94,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
         generator_params=generator_params,
         decoder_params=decoder_params,
         finetune_flops_per_task=4.0 * base_params * tokens,
-        generator_flops=6.0 * _generator_macs(generator, layout) * recipe.generator.epochs * vectors,
+        generator_flops_per_task=generator_flops * recipe.generator.epochs * vectors,
         finetune_peak_bytes=base_params * weight_bytes
         + layout.num_params * OPTIMIZER_BYTES
         + bases
@@ -105,7 +106,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     )
 
 
-def build_meta_model(section: BaseSection) -> nn.Module:
+def build_meta_model(section: BaseSection) -> Any:
     """The base's architecture without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,23 +114,23 @@ def build_meta_model(section: BaseSection) -> nn.Module:
         fields = dict(section.architecture)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     elif section.reference.startswith("embedded:"):
-        config = AutoConfig.from_pretrained(prepare_embedded_model(section.reference, default_cache_dir()))
+        folder = prepare_embedded_model(section.reference, default_cache_dir())
+        config = AutoConfig.from_pretrained(folder)
     else:
         config = AutoConfig.from_pretrained(section.reference)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config)
 
 
-def _generator_macs(generator: nn.Module, layout: AdapterLayout) -> float:
+def _generator_macs(generator: ConditionalVAE, layout: AdapterLayout) -> float:
     """Multiply-adds of one pass, run on the meta device and counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = generator.config
-    assert hasattr(config, "condition_dim")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         generator(
             torch.empty(1, layout.num_params),
             torch.empty(1, config.condition_dim),
             torch.empty(1, config.latent_dim),
         )
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from service.synthesis.cvae import ConditionalVAE, GeneratorConfig
+from service.synthesis.cvae import ConditionalVAE, GeneratorConfig, TokenDecoder
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 from training.checkpoint import optimizer_tensors, read_tensors, restore_optimizer, write_tensors
@@ -20,8 +20,8 @@ from training.task_vectors import TaskVectors
 SAVE_EVERY_STEPS = 100
 
 
-def configure_generator(recipe: Recipe, condition_dim: int) -> GeneratorConfig:
-    """The recipe's networks for task vectors of a length."""
+def configure_generator(recipe: Recipe, condition_dim: int, num_tasks: int) -> GeneratorConfig:
+    """The recipe's networks for a number of tasks and task vectors of a length."""
     section = recipe.generator
     return GeneratorConfig(
         preset=section.preset,
@@ -30,14 +30,21 @@ def configure_generator(recipe: Recipe, condition_dim: int) -> GeneratorConfig:
         depth=section.depth,
         width=section.width,
         chunk_size=section.chunk_size,
+        num_prototypes=num_tasks,
+        attention_temperature=section.attention_temperature,
     )
 
 
-def build_generator(layout: AdapterLayout, recipe: Recipe, condition_dim: int) -> ConditionalVAE:
-    """The untrained networks, initialised from the recipe's seed."""
+def build_generator(layout: AdapterLayout, recipe: Recipe, vectors: TaskVectors) -> ConditionalVAE:
+    """The untrained networks, initialised from the recipe's seed and the task vectors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return ConditionalVAE(layout, configure_generator(recipe, condition_dim))
+        config = configure_generator(recipe, vectors.dim, vectors.num_tasks)
+        model = ConditionalVAE(layout, config)
+    if isinstance(model.decoder, TokenDecoder):
+        means = [vectors.of_task(task).mean(0) for task in range(vectors.num_tasks)]
+        model.decoder.task.set_keys(torch.stack(means))
+    return model
 
 
 def train_generator(
@@ -54,7 +61,7 @@ def train_generator(
     recipe = run.recipe
     section = recipe.generator
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_generator(layout, recipe, vectors.dim).to(device)
+    model = build_generator(layout, recipe, vectors).to(device)
     normalizer = AdapterNormalizer.fit(layout, checkpoints)
     adapters = normalizer.normalize(torch.cat(list(checkpoints.values()))).to(device)
     tasks = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(checkpoints.values())])

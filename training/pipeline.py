@@ -143,7 +143,7 @@ class Pipeline:
             raise InvalidRecipeError("the generator is missing: run `icm-lora generator` first")
         vectors = self.encode_task_vectors()
         layout = self.bases.layout
-        model = build_generator(layout, recipe, vectors.dim)
+        model = build_generator(layout, recipe, vectors)
         tensors, _ = read_tensors(self.run.generator)
         model.load_state_dict(tensors)
         checkpoints = self.read_checkpoints()

@@ -101,6 +101,9 @@ class GeneratorSection(_Section):
     depth: int = Field(default=12, ge=1, description="convolutional layers each way")
     width: int = Field(ge=1, description="channels (paper: the widest layer)")
     chunk_size: int = Field(default=256, ge=1, description="token: values per token at most")
+    attention_temperature: float = Field(
+        default=0.03, gt=0, description="token: of the attention over task vectors, in cosine"
+    )
     epochs: int = Field(ge=1, description="passes over all (checkpoint, task) pairs")
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)

@@ -40,6 +40,11 @@ class TaskVectors:
         """Length of a task vector."""
         return self.rows.shape[1]
 
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks."""
+        return int(self.owner.max()) + 1
+
     def of_task(self, index: int) -> Float[Tensor, "wordings dim"]:
         """Rows of one task."""
         return self.rows[self.owner == index]

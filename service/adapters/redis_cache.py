@@ -23,7 +23,8 @@ KEY_PREFIX = "icm-lora:adapter:v1:"
 
 LookupResult = Literal["hit", "miss", "error"]
 
-_MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 16
+"""Of one process; more concurrent calls wait for each other."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class RedisCache:
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
-                max_connections=_MAX_CONNECTIONS,
+                max_connections=MAX_CONNECTIONS,
                 timeout=None,  # of waiting for a free connection: `_ask` bounds the whole call
                 socket_connect_timeout=timeout_seconds,
                 socket_timeout=timeout_seconds,

@@ -102,7 +102,7 @@ def load_base_model(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
     model = model.to(resolve_device(device)).eval()
     model.requires_grad_(False)
     return BaseModel(reference, digest, model, tokenizer)

@@ -16,21 +16,18 @@ from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
 
 FEW_TOKENS = 64
-"""Up to this many tokens a CPU computes the update in float32, whatever the base's dtype.
-
-The fixed cost of one bfloat16 product on a CPU (12 us, oneDNN) is three times what a whole
-float32 product of a decode step takes; from about this size on bfloat16 is the faster one.
-"""
+"""Up to this many tokens, a decode step, the update is computed in `choose_few_dtype`."""
 
 
 class AdapterRows:
     """Holder of the adapter vectors that the next forwards use, or None for the base alone.
 
-    Assigning `vectors` cuts them into one view per trained tensor, once per batch and not
-    once per decode step.
+    Assigning `vectors` cuts them into the trained tensors, once per batch and not once per
+    decode step; assign them again after changing their values.
 
     Attributes:
-        tensors: per (module path, tensor name) a view `[rows, *shape]` of `vectors`.
+        tensors: `[rows, *shape]` per (module path, tensor name), each contiguous: rows that lie
+            a multiple of 4 KiB apart would push each other out of the processor's cache.
     """
 
     def __init__(self, layout: AdapterLayout) -> None:
@@ -49,7 +46,7 @@ class AdapterRows:
         self.tensors = {}
         if vectors is not None:
             for key, entry in self._layout.spans.items():
-                self.tensors[key] = vectors[:, entry.span].reshape(-1, *entry.shape)
+                self.tensors[key] = vectors[:, entry.span].contiguous().view(-1, *entry.shape)
 
 
 class AdaptedLinear(nn.Module):
@@ -71,7 +68,7 @@ class AdaptedLinear(nn.Module):
         self.layout = bases.layout
         self.rows = rows
         like = base.weight
-        self.few_dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        self.few_dtype = choose_few_dtype(like)
         for name, scale in (("A", 1.0), ("B", self.layout.scaling)):
             frozen = bases.tensors.get((module.path, name))
             if frozen is not None:  # the scaling is folded into B where B is frozen
@@ -119,6 +116,15 @@ class AdaptedLinear(nn.Module):
             assert remainder == 0, f"{leading} inputs for {rows} adapter rows"
             own = own.repeat_interleave(repeat, dim=0)
         return torch.bmm(hidden, own.mT)
+
+
+def choose_few_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of the updates of a few tokens: float32 on a CPU, else the weight's.
+
+    The fixed cost of a small bfloat16 product on a CPU (12 us, oneDNN) is three times what the
+    whole product takes in float32; from about `FEW_TOKENS` on bfloat16 is the faster one.
+    """
+    return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

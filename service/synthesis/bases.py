@@ -33,10 +33,11 @@ class AdapterBases:
         for key, shape in expected.items():
             if tuple(tensors[key].shape) != shape:
                 raise InvalidAdapterError(f"base {key} has shape {tuple(tensors[key].shape)}")
-            if not torch.isfinite(tensors[key]).all():
-                raise InvalidAdapterError(f"base {key} is not finite")
         self.layout = layout
         self.tensors = {key: tensors[key].to(BASES_DTYPE) for key in expected}
+        for key, base in self.tensors.items():
+            if not torch.isfinite(base).all():
+                raise InvalidAdapterError(f"base {key} is not finite in {BASES_DTYPE}")
 
     @classmethod
     def from_model(cls, layout: AdapterLayout, model: nn.Module, seed: int = 0) -> "AdapterBases":

@@ -33,6 +33,8 @@ class GeneratorConfig:
         depth: convolutional layers each way; the paper's 12.
         width: channels; for `paper` the widest layer.
         chunk_size: `token` only: a module with more values is cut into several tokens.
+        num_prototypes: `token` only: task vectors that the decoder attends over.
+        attention_temperature: `token` only: of that attention, in units of cosine.
     """
 
     preset: str
@@ -41,6 +43,8 @@ class GeneratorConfig:
     depth: int = 12
     width: int = 256
     chunk_size: int = 256
+    num_prototypes: int = 1
+    attention_temperature: float = 0.03
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary."""
@@ -293,6 +297,33 @@ class ConditionedConv(nn.Module):
         return h + update
 
 
+class TaskAttention(nn.Module):
+    """Reads a task vector by attention over the training tasks' own.
+
+    `softmax(cos(v, keys) / temperature) @ values`: keys are the tasks' mean task vectors, values
+    are learned. A wording that training never saw is read as the tasks that it resembles; an
+    MLP on the raw vector, fitted to a dozen wordings a task, reads it as anything.
+    """
+
+    keys: Float[Tensor, "prototypes cond"]
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.temperature = config.attention_temperature
+        self.register_buffer("keys", torch.zeros(config.num_prototypes, config.condition_dim))
+        self.values = nn.Parameter(torch.randn(config.num_prototypes, config.width))
+
+    def set_keys(self, prototypes: Float[Tensor, "prototypes cond"]) -> None:
+        """Sets the training tasks' mean task vectors; they are normalised here."""
+        self.keys.copy_(functional.normalize(prototypes, dim=1))
+
+    def forward(self, condition: Float[Tensor, "batch cond"]) -> Float[Tensor, "batch width"]:
+        """What the task vectors mean to the decoder."""
+        cosine = functional.normalize(condition, dim=1) @ self.keys.mT
+        weights: Tensor = (cosine / self.temperature).softmax(dim=1)
+        return weights @ self.values
+
+
 class TokenEncoder(nn.Module):
     """12-layer 1D CNN over adapter tokens, conditioned on the task vector, pooled to z."""
 
@@ -317,7 +348,7 @@ class TokenEncoder(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """12-layer 1D CNN from token positions to adapter tokens, conditioned on `[z; v]`.
+    """12-layer 1D CNN from token positions to adapter tokens, conditioned on `[z; task(v)]`.
 
     Every role has its own head, of full rank as long as `width >= chunk_size`. Heads start at
     zero, so an untrained decoder gives the mean adapter (the soup).
@@ -328,8 +359,9 @@ class TokenDecoder(nn.Module):
         self.tokens = TokenMap(layout, config.chunk_size)
         width = config.width
         self.positions = self.tokens.embedding(width)
+        self.task = TaskAttention(config)
         self.condition = nn.Sequential(
-            nn.Linear(config.latent_dim + config.condition_dim, width),
+            nn.Linear(config.latent_dim + width, width),
             nn.GELU(),
             nn.Linear(width, width),
             nn.GELU(),
@@ -340,7 +372,7 @@ class TokenDecoder(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Normalised adapter vectors `[batch, num_params]`."""
-        c = self.condition(torch.cat([z, condition], dim=1))
+        c = self.condition(torch.cat([z, self.task(condition)], dim=1))
         h = self.positions().expand(z.shape[0], -1, -1)  # [batch, tokens, width]
         for layer in self.layers:
             h = layer(h, c)

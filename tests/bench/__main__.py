@@ -89,7 +89,7 @@ def measure_latencies() -> list[Measurement]:
     return [
         Measurement("description -> slot, cold, p50", _quantile(cold, 50), "ms", 150, True),
         Measurement("description -> slot, cold, p99", _quantile(cold, 99), "ms", 400, True),
-        Measurement("description -> slot, process cache, p50", _quantile(cached, 50), "ms", 5, True),
+        Measurement("description -> slot, in process, p50", _quantile(cached, 50), "ms", 5, True),
         Measurement("description -> slot, Redis, p50", _quantile(redis, 50), "ms", 10, True),
     ]
 
@@ -99,9 +99,7 @@ def _measure_engine() -> list[Measurement]:
     return [
         Measurement("slot write, p50", decode.slot_write_p50_seconds * 1e3, "ms", 1, True),
         Measurement("slot write, p99", decode.slot_write_p99_seconds * 1e3, "ms", 1, True),
-        Measurement(
-            "16 adapters / 16 base rows, decode tokens/s", decode.ratio, "x", 0.90, False
-        ),
+        Measurement("16 adapters / 16 base rows, decode tokens/s", decode.ratio, "x", 0.90, False),
     ]
 
 

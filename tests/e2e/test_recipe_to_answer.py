@@ -53,8 +53,10 @@ def test_evaluation_of_the_run_writes_table_and_figure(
 ) -> None:
     own = finished_run / "own_adapters.safetensors"
     status = main(
-        ["evaluate", "--bundle", str(finished_run / "bundle"), "--own", str(own)]
-        + ["--windows", "16", "--window-tokens", "32", "--out", str(tmp_path)]
+        [
+            *("evaluate", "--bundle", str(finished_run / "bundle"), "--own", str(own)),
+            *("--windows", "16", "--window-tokens", "32", "--out", str(tmp_path)),
+        ]
     )
 
     assert status == 0

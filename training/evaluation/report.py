@@ -72,7 +72,7 @@ def write_report(
         f"commit `{bundle.provenance['commit']}`); {settings['num_windows']} windows of "
         f"{settings['window_tokens']} tokens per task, seed {settings['seed']}. "
         "`generated`: from an unseen wording alone, z = 0. `soup`: mean of all own adapters. "
-        f"`gibberish`: generated from \"{settings['gibberish']}\".\n\n"
+        f'`gibberish`: generated from "{settings["gibberish"]}".\n\n'
     )
     write_text(folder / "evaluation.md", header + render_table(results) + "\n")
     draw_perplexities(results, folder / "evaluation.png")

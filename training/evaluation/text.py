@@ -118,9 +118,7 @@ def evaluate_text(
         for method in METHODS:
             sums[method] = sum_window_nll(base, attachment, vectors[method], windows)
             report(len(results) * len(METHODS) + len(sums))
-        characters = sum(
-            len(text) for text in base.tokenizer.batch_decode(windows[:, 1:].tolist())
-        )
+        characters = sum(len(text) for text in base.tokenizer.batch_decode(windows[:, 1:].tolist()))
         results.append(
             _summarize(task, sums, vectors, windows, characters, [near for _, near in words])
         )
@@ -138,7 +136,9 @@ def sum_window_nll(
     rows = None if vector is None else vector[None].to(base.device, base.dtype)
     attachment.rows.vectors = rows
     with torch.inference_mode():
-        parts = [measure_nll(base, batch).sum(1).cpu() for batch in windows.split(BATCH_WINDOWS)]
+        parts = [
+            measure_nll(base, batch).sum(1).cpu() for batch in torch.split(windows, BATCH_WINDOWS)
+        ]
     attachment.rows.vectors = None
     return torch.cat(parts).double()
 

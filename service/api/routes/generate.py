@@ -1,6 +1,5 @@
 """From a description to an adapter that is resident and ready to answer."""
 
-import asyncio
 import time
 
 from fastapi import APIRouter
@@ -57,10 +56,9 @@ async def generate_adapter(body: GenerateRequest, resources: ResourcesDep) -> Ge
     )
     provided, seconds = await resources.provide(recipe, body.cache, body.ttl_seconds)
     record = provided.record
-    lease = await asyncio.to_thread(resources.engine.load, record.adapter_id, record.vector)
-    lease.release()
-    seconds["write_slot"] = lease.write_seconds
-    resources.metrics.observe_stages({"write_slot": lease.write_seconds})
+    lease = await resources.load(record)
+    if lease.write_seconds:
+        seconds["write_slot"] = lease.write_seconds
     return GenerateResponse(
         **build_adapter_info(record, resources.bundle).model_dump(),
         cache=provided.cache,

@@ -30,9 +30,7 @@ def test_errors_are_one_line_that_says_what_to_change(
     assert message.count("\n") == 1
 
 
-def test_an_unknown_recipe_key_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_recipe_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = Path("training/recipes/smoke.toml").read_text()
     recipe = tmp_path / "typo.toml"
     recipe.write_text(shipped.replace("learning_rate", "learning_rte", 1))

@@ -9,11 +9,9 @@ from training.recipe import read_recipe
 
 def test_counts_are_those_of_the_real_networks() -> None:
     recipe = read_recipe("smoke")
-    estimate = estimate_recipe(recipe)
-    layout = AdapterLayout.from_model(
-        build_meta_model(recipe.base), **recipe.adapter.model_dump()
-    )
-    real = ConditionalVAE(layout, configure_generator(recipe, 384))
+    estimate = estimate_recipe(recipe, num_tasks=4)
+    layout = AdapterLayout.from_model(build_meta_model(recipe.base), **recipe.adapter.model_dump())
+    real = ConditionalVAE(layout, configure_generator(recipe, 384, 4))
 
     assert estimate.adapter_params == layout.num_params
     assert estimate.generator_params == sum(p.numel() for p in real.parameters())
@@ -21,7 +19,7 @@ def test_counts_are_those_of_the_real_networks() -> None:
 
 
 def test_the_papers_scale_is_counted_without_weights_or_hub() -> None:
-    estimate = estimate_recipe(read_recipe("llama3-8b-pile"))
+    estimate = estimate_recipe(read_recipe("llama3-8b-pile"), num_tasks=6)
     # r (in + out) per module: q is 4096 x 4096, v is 1024 x 4096, 32 layers, r = 2
     assert estimate.adapter_params == 32 * 2 * ((4096 + 4096) + (4096 + 1024))
     assert estimate.base_params == pytest.approx(8.03e9, rel=0.01)

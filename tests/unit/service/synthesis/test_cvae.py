@@ -11,6 +11,7 @@ from service.errors import InvalidBundleError
 from service.synthesis.cvae import (
     ConditionalVAE,
     GeneratorConfig,
+    TaskAttention,
     TokenDecoder,
     TokenMap,
     build_decoder,
@@ -24,7 +25,14 @@ PRESETS = pytest.mark.parametrize("preset", ["paper", "token"])
 
 def make_config(preset: str, depth: int = 3, width: int = 8) -> GeneratorConfig:
     return GeneratorConfig(
-        preset, condition_dim=5, latent_dim=4, depth=depth, width=width, chunk_size=7
+        preset,
+        condition_dim=5,
+        latent_dim=4,
+        depth=depth,
+        width=width,
+        chunk_size=7,
+        num_prototypes=3,
+        attention_temperature=0.5,
     )
 
 
@@ -35,6 +43,8 @@ def make_model(preset: str, seed: int = 0, trained: bool = False) -> Conditional
         model = ConditionalVAE(make_layout(), make_config(preset))
         for parameter in model.parameters() if trained else ():
             nn.init.normal_(parameter, std=0.3)
+    if isinstance(model.decoder, TokenDecoder):
+        model.decoder.task.set_keys(normal(3, 5))
     return model
 
 
@@ -184,6 +194,33 @@ def test_every_layer_of_the_token_decoder_feels_the_condition() -> None:
         assert layer.film.weight.grad.abs().sum() > 0
 
 
+def test_task_attention_is_softmax_attention_over_cosines() -> None:
+    attention = TaskAttention(make_config("token"))
+    prototypes, conditions = normal(3, 5, std=4.0), normal(6, 5, seed=1, std=0.1)
+    attention.set_keys(prototypes)
+    unit = nn.functional.normalize
+
+    expected = nn.functional.scaled_dot_product_attention(
+        unit(conditions, dim=1)[None],
+        unit(prototypes, dim=1)[None],
+        attention.values[None],
+        scale=1 / 0.5,
+    )
+
+    torch.testing.assert_close(attention(conditions), expected[0])
+    torch.testing.assert_close(attention.keys.norm(dim=1), torch.ones(3))
+
+
+def test_a_cold_attention_reads_a_wording_as_the_nearest_task() -> None:
+    attention = TaskAttention(make_config("token"))
+    attention.temperature = 1e-3
+    attention.set_keys(torch.eye(5)[:3])
+
+    read = attention(torch.tensor([[0.1, 0.9, 0.3, 0.0, 0.2]]))
+
+    torch.testing.assert_close(read[0], attention.values[1])
+
+
 @PRESETS
 def test_all_weights_of_both_halves_are_trained(preset: str) -> None:
     model = make_model(preset, trained=True)
@@ -206,10 +243,11 @@ def test_the_same_seed_gives_the_same_networks(preset: str) -> None:
 
 
 @PRESETS
-def test_only_trained_weights_are_saved(preset: str) -> None:
+def test_trained_weights_and_keys_alone_are_saved(preset: str) -> None:
     model = make_model(preset)
 
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    keys = {"decoder.task.keys"} if preset == "token" else set()
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | keys
 
 
 def test_config_round_trip_and_what_it_refuses() -> None:

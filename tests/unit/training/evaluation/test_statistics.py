@@ -14,8 +14,11 @@ def test_interval_agrees_with_scipy_and_contains_the_point() -> None:
 
     difference = ((generated - own) / 64).numpy()
     reference = stats.bootstrap(
-        (difference,), lambda d, axis: np.exp(d.mean(axis=axis)), n_resamples=4000,
-        method="percentile", rng=1,
+        (difference,),
+        lambda d, axis: np.exp(d.mean(axis=axis)),
+        n_resamples=4000,
+        method="percentile",
+        rng=1,
     ).confidence_interval
     assert interval.value == pytest.approx(np.exp(difference.mean()))
     assert interval.low < interval.value < interval.high

@@ -1,0 +1,185 @@
+"""Recipes: every shipped one parses, and a mistake is named by its key."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import InvalidRecipeError
+from service.synthesis.layout import AdapterKind
+from tests.fixtures.tiny_training import TINY_RECIPE, make_recipe
+from training.recipe import RECIPES_DIR, FinetuneSection, Recipe, read_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
+
+
+def write_toml(path: Path, body: dict[str, Any]) -> Path:
+    """Tables one level deep are all that a recipe has."""
+
+    def dump(value: Any) -> str:
+        if isinstance(value, str):
+            return f'"{value}"'
+        if isinstance(value, list):
+            return "[" + ", ".join(map(dump, value)) + "]"
+        return str(value).lower() if isinstance(value, bool) else repr(value)
+
+    lines = [f"{key} = {dump(v)}" for key, v in body.items() if not isinstance(v, dict)]
+    for table, values in body.items():
+        if isinstance(values, dict):
+            lines += [f"[{table}]", *(f"{key} = {dump(v)}" for key, v in values.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def spoil(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    body = {k: dict(v) if isinstance(v, dict) else v for k, v in TINY_RECIPE.items()}
+    edit(body)
+    return write_toml(path / "spoiled.toml", body)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_parses(name: str) -> None:
+    recipe = read_recipe(name)
+
+    assert recipe == read_recipe(f"{name}.toml") == read_recipe(RECIPES_DIR / f"{name}.toml")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert recipe.finetune.num_steps >= recipe.finetune.keep_last
+
+
+def test_the_shipped_recipes_are_those_that_we_promise() -> None:
+    assert {"text-embedded", "paper-text", "smoke", "llama3-8b-pile"} <= set(SHIPPED)
+    paper = read_recipe("paper-text")
+    assert paper.adapter.kind is AdapterKind.LORA
+    assert (paper.finetune.epochs, paper.finetune.keep_last) == (150, 50)
+    assert (paper.generator.preset, paper.generator.epochs) == ("paper", 2000)
+    assert (paper.generator.depth, paper.generator.kl_weight) == (12, 0.005)
+
+
+def test_a_file_is_read_with_its_defaults(tmp_path: Path) -> None:
+    recipe = read_recipe(spoil(tmp_path, lambda body: None))
+
+    assert recipe == make_recipe()
+    assert recipe.generator.kl_weight == 0.005
+    assert recipe.finetune.seeds == (0,)
+    assert recipe.finetune.steps_per_epoch == 4
+    assert recipe.finetune.num_steps == 12
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (lambda body: body.update(sed=1), "sed"),
+        (lambda body: body["adapter"].update(rnak=1), "adapter.rnak"),
+        (lambda body: body["generator"].update(beta=0.1), "generator.beta"),
+        (lambda body: body.update(extra={"a": 1}), "extra"),
+    ],
+)
+def test_an_unknown_key_is_named(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], key: str
+) -> None:
+    with pytest.raises(InvalidRecipeError, match=f"spoiled.toml: {key}: .*not permitted"):
+        read_recipe(spoil(tmp_path, edit))
+
+
+@pytest.mark.parametrize("section", [key for key in TINY_RECIPE if key != "seed"])
+def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
+    with pytest.raises(InvalidRecipeError, match=f"{section}: Field required"):
+        read_recipe(spoil(tmp_path, lambda body: body.pop(section)))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("base", "dtype", "float16"),
+        ("base", "reference", 5),
+        ("tasks", "names", "recipes"),
+        ("adapter", "kind", "dora"),
+        ("adapter", "rank", "sixteen"),
+        ("adapter", "rank", 0),
+        ("adapter", "rank", 2.5),
+        ("adapter", "alpha", 0.0),
+        ("adapter", "target_modules", []),
+        ("finetune", "epochs", 0),
+        ("finetune", "learning_rate", -0.1),
+        ("finetune", "final_learning_rate_share", 1.5),
+        ("finetune", "window_tokens", 4),
+        ("finetune", "seeds", []),
+        ("encoder", "kind", "words"),
+        ("generator", "preset", "diffusion"),
+        ("generator", "kl_weight", -1.0),
+        ("generator", "latent_dim", True),
+        ("bundle", "name", "Not A Name"),
+        ("bundle", "version", 1.0),
+    ],
+)
+def test_a_wrong_type_or_value_is_named(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    path = spoil(tmp_path, lambda body: body[section].update({key: value}))
+
+    with pytest.raises(InvalidRecipeError, match=rf"{section}\.{key}"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_windows": 7}, "multiple of batch_size"),
+        ({"checkpoints_per_epoch": 3}, "must divide"),
+        ({"keep_last": 7}, "keep_last exceeds"),
+    ],
+)
+def test_impossible_combinations_are_refused(
+    tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    path = spoil(tmp_path, lambda body: body["finetune"].update(change))
+
+    with pytest.raises(InvalidRecipeError, match=f"finetune: .*{message}"):
+        read_recipe(path)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    path = spoil(
+        tmp_path, lambda body: (body["adapter"].update(rank=0), body["base"].update(dtype="int8"))
+    )
+
+    with pytest.raises(InvalidRecipeError, match=r"base\.dtype.*adapter\.rank"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"\xff\xfe", b"[base"])
+def test_what_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.toml").write_bytes(content)
+
+    with pytest.raises(InvalidRecipeError, match=r"broken\.toml is not valid TOML"):
+        read_recipe(tmp_path / "broken.toml")
+
+
+def test_a_missing_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(InvalidRecipeError, match=r"no recipe 'no-such'; .*smoke"):
+        read_recipe("no-such")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smoke").mkdir()  # as `icm-lora train smoke --out smoke` leaves it
+    monkeypatch.chdir(tmp_path)
+
+    assert read_recipe("smoke").bundle.name == "smoke"
+
+
+def test_digests_depend_on_what_they_should() -> None:
+    recipe, other = make_recipe(), make_recipe(generator={"epochs": 31})
+
+    assert recipe.digest == make_recipe().digest != other.digest
+    assert recipe.stage_digest("adapter") == other.stage_digest("adapter")
+    assert recipe.stage_digest("generator") != other.stage_digest("generator")
+    reseeded = recipe.model_copy(update={"seed": 1})
+    assert recipe.stage_digest("adapter") != reseeded.stage_digest("adapter")
+
+
+def test_a_section_cannot_be_changed_once_read() -> None:
+    section: FinetuneSection = make_recipe().finetune
+
+    with pytest.raises(ValueError, match="frozen"):
+        section.epochs = 5
