@@ -14,7 +14,7 @@ from typing import Any
 
 from service.errors import NotReadyError
 
-TASK = "Continue in the style of a cooking recipe."
+TASK = "Carry on the way a cookbook would."
 PROMPT = "Grandmother's apple pie\n\n"
 MAX_TOKENS = 60
 START_TIMEOUT_SECONDS = 300
@@ -31,13 +31,7 @@ def run_demo() -> int:
     with running_service() as url:
         _print_heading(f"POST /generate-lora  {TASK!r}")
         adapter = post_json(url, "/generate-lora", {"task": TASK})
-        _print_json(
-            {
-                **adapter,
-                "nearest": adapter["nearest"][:3],
-                "bundle": f"{adapter['bundle']['name']} {adapter['bundle']['version']}",
-            }
-        )
+        _print_fields({**adapter, "nearest": adapter["nearest"][:3]})
         again = post_json(url, "/generate-lora", {"task": TASK})
         print(f"\nagain: cache {again['cache']}, {again['milliseconds']['total']:.1f} ms")
         for adapter_id in ("base", adapter["adapter_id"]):
@@ -48,7 +42,7 @@ def run_demo() -> int:
             seconds = answer["milliseconds"]["total"] / 1000
             tokens = answer["usage"]["completion_tokens"]
             print(f"\n{tokens} tokens in {seconds:.2f} s; receipt:")
-            _print_json({k: v for k, v in answer["receipt"].items() if k != "bundle"})
+            _print_fields(answer["receipt"])
         _print_heading("GET /metrics")
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
@@ -128,5 +122,14 @@ def _print_heading(text: str) -> None:
     print(f"\n--- {text}")
 
 
-def _print_json(body: dict[str, Any]) -> None:
-    print(json.dumps(body, indent=2, ensure_ascii=False))
+def _print_fields(body: dict[str, Any]) -> None:
+    """One line a field; digests are cut to their first twelve digits."""
+    for name, value in body.items():
+        if name == "bundle":
+            value = f"{value['name']} {value['version']} ({value['digest'][:12]})"
+        elif name in ("adapter_id", "vector_sha256") and value:
+            value = value[:12]
+        elif name == "nearest":
+            value = {task["name"]: round(task["similarity"], 3) for task in value}
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        print(f"  {name:<16} {text}")

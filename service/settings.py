@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     device: Annotated[
         str,
         Field(
-            description="Device of the base model and the generator: `auto` (GPU where there is "
-            "one), `cpu`, `cuda`, ...",
+            description="Device of the base model: `auto` (GPU where there is one), `cpu`, "
+            "`cuda`, ... Adapters are generated on the CPU, so that all replicas make the same.",
             json_schema_extra=_unit("device"),
         ),
     ] = "auto"

@@ -17,4 +17,8 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-pytest_plugins = ["tests.fixtures.redis_server", "tests.fixtures.tiny_open_clip"]
+pytest_plugins = [
+    "tests.fixtures.redis_server",
+    "tests.fixtures.tiny_bundle",
+    "tests.fixtures.tiny_open_clip",
+]

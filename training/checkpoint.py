@@ -24,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 

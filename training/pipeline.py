@@ -120,7 +120,7 @@ class Pipeline:
         if self.run.task_vectors.exists():
             return TaskVectors.read(self.run.task_vectors, spec, self.tasks)
         vectors = encode_tasks(self.run.recipe.encoder, self.tasks, lambda: self.base)
-        vectors.write(self.run.task_vectors, spec)
+        vectors.write(self.run.task_vectors, spec, self.tasks)
         return vectors
 
     def train_generator(self) -> None:

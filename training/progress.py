@@ -1,5 +1,7 @@
 """Progress of long jobs: a bar with ETA for people, JSONL (and TensorBoard) for machines."""
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +18,9 @@ from rich.progress import (
 
 from training.run_dir import RunDir
 
+LINE_SECONDS = 30.0
+"""Time between two lines of progress where stderr is no terminal."""
+
 
 @runtime_checkable
 class Report(Protocol):
@@ -28,7 +33,7 @@ class Report(Protocol):
 
 @contextmanager
 def show_progress(job: str, total: int) -> Iterator[Report]:
-    """Shows a bar with ETA on stderr."""
+    """Shows a bar with ETA on stderr; where that is no terminal, a line now and then."""
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=None),
@@ -39,10 +44,17 @@ def show_progress(job: str, total: int) -> Iterator[Report]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(job, total=total, values="")
+        next_line = time.monotonic() + LINE_SECONDS
 
         def report(step: int, **values: float) -> None:
+            nonlocal next_line
             shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
             progress.update(task, completed=step, values=shown)
+            if not progress.console.is_terminal and time.monotonic() >= next_line:
+                next_line = time.monotonic() + LINE_SECONDS
+                left = progress.tasks[task].time_remaining
+                eta = "?" if left is None else f"{left:.0f}"
+                print(f"{job}: {step}/{total} {shown}, {eta} s left", file=sys.stderr, flush=True)
 
         yield report
 
@@ -60,9 +72,11 @@ def track_job(run: RunDir, job: str, total: int, every: int = 1) -> Iterator[Rep
                 for name, value in values.items() if board else ():
                     board.add_scalar(f"{job}/{name}", value, step)
 
-        yield report
-    if board:
-        board.close()
+        try:
+            yield report
+        finally:
+            if board:
+                board.close()
 
 
 def _open_tensorboard(run: RunDir) -> Any:

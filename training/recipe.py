@@ -150,14 +150,14 @@ def read_recipe(path: str | Path) -> Recipe:
         InvalidRecipeError: no such file, not TOML, an unknown key, a wrong type or value.
     """
     file = Path(path)
-    if not file.exists():
+    if not file.is_file():  # a folder of that name may be a run of the shipped recipe
         file = RECIPES_DIR / f"{file.name.removesuffix('.toml')}.toml"
-    if not file.exists():
+    if not file.is_file():
         known = sorted(p.stem for p in RECIPES_DIR.glob("*.toml"))
         raise InvalidRecipeError(f"no recipe {str(path)!r}; shipped recipes: {', '.join(known)}")
     try:
-        return Recipe.model_validate(tomllib.loads(file.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return Recipe.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRecipeError(f"{file.name} is not valid TOML: {error}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]

@@ -39,7 +39,8 @@ class RunDir:
         """Creates the folder, or re-opens it for the same recipe.
 
         Raises:
-            InvalidRecipeError: the folder holds adapters of another base, task set or layout.
+            InvalidRecipeError: the folder holds adapters of another base, task set or layout, or
+                a generator of another recipe.
         """
         run = cls(root, recipe)
         pinned = root / "recipe.json"
@@ -50,6 +51,13 @@ class RunDir:
                 raise InvalidRecipeError(
                     f"{root} holds the adapters of another recipe: choose another --out, or "
                     "delete it"
+                )
+            sections = ("encoder", "generator")
+            made = [path for path in (run.generator, run.state("generator")) if path.exists()]
+            if made and before.stage_digest(*sections) != recipe.stage_digest(*sections):
+                raise InvalidRecipeError(
+                    f"{root} holds the generator of another recipe: choose another --out, or "
+                    f"delete {' and '.join(map(str, made))} to train it again on the same adapters"
                 )
         write_text(pinned, recipe.model_dump_json(indent=2) + "\n")
         return run

@@ -1,5 +1,7 @@
 """Task vectors of the training wordings."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +59,9 @@ class TaskVectors:
         best = similarity.masked_fill(~same, -1.0).amax(1)
         return best.sort().values
 
-    def write(self, path: Path, spec: Mapping[str, Any]) -> None:
+    def write(self, path: Path, spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> None:
         """Writes the rows with what made them."""
-        metadata = {"encoder_id": self.encoder_id, "spec": repr(sorted(spec.items()))}
+        metadata = {"encoder_id": self.encoder_id, "made_from": _digest_inputs(spec, tasks)}
         write_tensors(path, {"rows": self.rows, "owner": self.owner}, metadata)
 
     @classmethod
@@ -70,16 +72,17 @@ class TaskVectors:
             InvalidRecipeError: another encoder or other wordings made them.
         """
         tensors, metadata = read_tensors(path)
-        vectors = cls(metadata["encoder_id"], tensors["rows"], tensors["owner"])
-        wordings = [len(task.descriptions) for task in tasks]
-        if (
-            metadata["spec"] != repr(sorted(spec.items()))
-            or torch.bincount(vectors.owner, minlength=len(tasks)).tolist() != wordings
-        ):
+        if metadata.get("made_from") != _digest_inputs(spec, tasks):
             raise InvalidRecipeError(
                 f"{path} was made with another encoder or other wordings: delete it to redo it"
             )
-        return vectors
+        return cls(metadata["encoder_id"], tensors["rows"], tensors["owner"])
+
+
+def _digest_inputs(spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> str:
+    """sha256 over what determines the rows: the encoder, and the tasks' wordings in order."""
+    body = [dict(spec), [[task.name, list(task.descriptions)] for task in tasks]]
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def encoder_spec(section: EncoderSection, base: BaseSection) -> dict[str, Any]:

@@ -1,176 +1,197 @@
-"""Slot bank: adapters resident beside the base model, one row of one tensor each."""
+"""Slot bank: adapters that lie beside the base model's weights, ready to answer."""
 
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from service.errors import InvalidAdapterError, NoFreeSlotError
+from service.errors import (
+    AdapterNotFoundError,
+    InvalidAdapterError,
+    InvalidInputError,
+    NoFreeSlotError,
+)
 from service.synthesis.layout import AdapterLayout
-from service.synthesis.synthesizer import VECTOR_DTYPE
 
 BASE_SLOT = 0
-"""Slot of the base model: all zeros, an update of nothing, never written."""
+"""Slot of the base model: zeros, never written."""
 
 
 @dataclass(frozen=True)
 class SlotStats:
-    """Number of adapter slots: all, holding an adapter, and in use by a running batch."""
+    """How many slots there are for adapters, hold one, and are leased at this moment."""
 
     total: int
     resident: int
     leased: int
 
 
+@dataclass(frozen=True)
 class SlotLease:
-    """A slot that stays what it is until released; use it as a context manager.
+    """A slot that keeps its content until the lease is released (twice is harmless).
 
     Attributes:
-        adapter_id: adapter in the slot; None for the base.
-        slot: row of the bank.
-        generation: number of the load that put the adapter there, rising over the bank's life;
-            0 for the base.
-        write_seconds: time of the copy into the slot; 0 where it was resident.
+        adapter_id: the adapter in the slot, None for the base.
+        slot: index in the bank, 0 for the base.
+        generation: number of the load that filled the slot; grows over the whole bank, so
+            (slot, generation) names one content. 0 for the base.
+        write_seconds: time that writing the slot took, 0 where the adapter was resident.
     """
 
-    def __init__(
-        self,
-        bank: "SlotBank",
-        adapter_id: str | None,
-        slot: int,
-        generation: int,
-        write_seconds: float,
-    ) -> None:
-        self.adapter_id = adapter_id
-        self.slot = slot
-        self.generation = generation
-        self.write_seconds = write_seconds
-        self._bank: SlotBank | None = bank
+    adapter_id: str | None
+    slot: int
+    generation: int
+    write_seconds: float
+    _bank: "SlotBank" = field(repr=False, compare=False)
+    _number: int = field(repr=False)
 
     def release(self) -> None:
-        """Lets the slot be written again; releasing twice is releasing once."""
-        bank, self._bank = self._bank, None
-        if bank is not None and self.slot != BASE_SLOT:
-            bank.release(self.slot)
+        """Gives the slot back to the bank, where the adapter stays resident."""
+        self._bank._release(self)
 
     def __enter__(self) -> "SlotLease":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 @dataclass
 class _Slot:
-    adapter_id: str | None = None
-    generation: int = 0
-    leases: int = 0
+    """Content of one slot: its load, and the numbers of the leases on it."""
+
+    index: int
+    generation: int
+    leases: set[int] = field(default_factory=set)
+    evicted: bool = False
 
 
 class SlotBank:
-    """Preallocated adapter vectors `[1 + num_slots, num_params]`; safe to use from any thread.
+    """Adapter vectors in one preallocated tensor `[1 + num_slots, num_params]`.
 
-    A load is one `copy_` of a vector into a row; a batch gathers its rows into a copy of its
-    own, so that nothing written later can touch it. Vectors are kept in the dtype in which they
-    are generated, hashed and cached. The least recently used slot that nobody leases goes first.
+    An adapter is loaded by one `copy_` into a free slot, or into the least recently used one
+    that is not leased. All methods may be called from any thread.
 
     Args:
-        layout: layout of the vectors.
-        num_slots: adapters that can be resident.
-        device: where the base model is.
+        layout: of the adapters.
+        num_slots: adapters that are resident at once, beside the base.
+        device: of the base model.
+        dtype: of the base model.
+
+    Raises:
+        InvalidInputError: `num_slots` is not positive.
     """
 
-    def __init__(self, layout: AdapterLayout, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: AdapterLayout, num_slots: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if num_slots < 1:
+            raise InvalidInputError(f"{num_slots} adapter slots: choose at least 1")
+        self.num_slots = num_slots
         self._num_params = layout.num_params
-        self._bank = torch.zeros(1 + num_slots, layout.num_params, dtype=VECTOR_DTYPE).to(device)
-        self._slots = [_Slot() for _ in range(1 + num_slots)]
-        self._free = list(range(num_slots, 0, -1))  # taken from the end: slot 1 first
-        self._resident: OrderedDict[str, int] = OrderedDict()  # least recently used first
-        self._loads = 0
+        self._vectors = torch.zeros(num_slots + 1, layout.num_params, device=device, dtype=dtype)
+        self._free = list(range(num_slots, BASE_SLOT, -1))
+        self._resident: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
+        self._leased: dict[int, _Slot] = {}  # by lease number, evicted ones too
+        self._generation = 0
+        self._lease_number = 0
         self._lock = threading.Lock()
 
     def acquire(
         self, adapter_id: str | None, vector: Float[Tensor, " num_params"] | None
     ) -> SlotLease:
-        """Leases the adapter's slot, loading the adapter where it is not resident.
+        """Leases the slot of an adapter, loading it where it is not resident.
 
         Args:
-            adapter_id: the adapter; None for the base.
-            vector: its vector; None for the base.
+            adapter_id: what determines the vector; None for the base (which takes no vector).
+            vector: the adapter, any float dtype; not read where the adapter is resident.
 
         Raises:
+            AdapterNotFoundError: not resident, and no vector to load.
+            InvalidAdapterError: the vector does not fit the layout or is not finite.
             NoFreeSlotError: every slot is leased.
-            InvalidAdapterError: no vector, or one of another length.
         """
-        if adapter_id is None:
-            return SlotLease(self, None, BASE_SLOT, 0, 0.0)
-        if vector is None or vector.shape != (self._num_params,):
-            raise InvalidAdapterError(
-                f"the vector of adapter {adapter_id} must have {self._num_params} values"
-            )
         with self._lock:
+            self._lease_number += 1
+            if adapter_id is None:
+                assert vector is None, "the base model takes no adapter vector"
+                return SlotLease(None, BASE_SLOT, 0, 0.0, self, self._lease_number)
             write_seconds = 0.0
-            slot = self._resident.get(adapter_id)
-            if slot is None:
-                slot = self._take_slot()
-                started = time.perf_counter()
-                self._bank[slot].copy_(vector)
-                write_seconds = time.perf_counter() - started
-                self._loads += 1
-                self._slots[slot] = _Slot(adapter_id, self._loads)
-                self._resident[adapter_id] = slot
+            if adapter_id not in self._resident:
+                write_seconds = self._load(adapter_id, vector)
+            slot = self._resident[adapter_id]
             self._resident.move_to_end(adapter_id)
-            state = self._slots[slot]
-            state.leases += 1
-            return SlotLease(self, adapter_id, slot, state.generation, write_seconds)
-
-    def release(self, slot: int) -> None:
-        """Ends one lease; called by `SlotLease.release`."""
-        with self._lock:
-            state = self._slots[slot]
-            assert state.leases > 0, f"slot {slot} is released more often than leased"
-            state.leases -= 1
-            if state.leases == 0 and self._resident.get(state.adapter_id or "") != slot:
-                self._free.append(slot)  # evicted while it was leased
-
-    def evict(self, adapter_id: str) -> None:
-        """Forgets an adapter; its slot is free at once, or after its last lease."""
-        with self._lock:
-            slot = self._resident.pop(adapter_id, None)
-            if slot is not None and self._slots[slot].leases == 0:
-                self._free.append(slot)
-
-    def stats(self) -> SlotStats:
-        """Counts for metrics."""
-        with self._lock:
-            leased = sum(slot.leases > 0 for slot in self._slots)
-            return SlotStats(len(self._slots) - 1, len(self._resident), leased)
+            slot.leases.add(self._lease_number)
+            self._leased[self._lease_number] = slot
+            return SlotLease(
+                adapter_id, slot.index, slot.generation, write_seconds, self, self._lease_number
+            )
 
     def gather(self, leases: Sequence[SlotLease]) -> Float[Tensor, "rows num_params"]:
-        """A copy of the leased vectors, one row per lease."""
-        index = torch.tensor([lease.slot for lease in leases], device=self._bank.device)
+        """Copies the leased vectors, one row per lease; later writes to slots do not touch it."""
+        slots = torch.tensor([lease.slot for lease in leases], device=self._vectors.device)
+        return self._vectors.index_select(0, slots)
+
+    def evict(self, adapter_id: str) -> bool:
+        """Forgets an adapter; False where it is not resident.
+
+        A slot that is leased keeps its content until its last lease is released.
+        """
         with self._lock:
-            return self._bank.index_select(0, index)
+            slot = self._resident.pop(adapter_id, None)
+            if slot is None:
+                return False
+            slot.evicted = True
+            if not slot.leases:
+                self._free.append(slot.index)
+            return True
+
+    def stats(self) -> SlotStats:
+        """Counts of the slots, the base's not among them."""
+        with self._lock:
+            leased = len({slot.index for slot in self._leased.values()})
+            return SlotStats(self.num_slots, len(self._resident), leased)
+
+    def _load(self, adapter_id: str, vector: Tensor | None) -> float:
+        if vector is None:
+            raise AdapterNotFoundError(
+                f"adapter {adapter_id} is in no slot and came without its vector: generate it again"
+            )
+        if tuple(vector.shape) != (self._num_params,):
+            raise InvalidAdapterError(
+                f"adapter vector has shape {tuple(vector.shape)}, expected ({self._num_params},)"
+            )
+        if not torch.isfinite(vector).all():
+            raise InvalidAdapterError(f"adapter {adapter_id} holds values that are not finite")
+        index = self._take_slot()
+        started = time.perf_counter()
+        self._vectors[index].copy_(vector)
+        write_seconds = time.perf_counter() - started
+        self._generation += 1
+        self._resident[adapter_id] = _Slot(index, self._generation)
+        return write_seconds
 
     def _take_slot(self) -> int:
-        """A slot to write: free, or of the least recently used adapter without a lease."""
         if self._free:
             return self._free.pop()
         for adapter_id, slot in self._resident.items():
-            if self._slots[slot].leases == 0:
+            if not slot.leases:
                 del self._resident[adapter_id]
-                return slot
+                return slot.index
         raise NoFreeSlotError(
-            f"all {len(self._slots) - 1} slots are in use: try again, or raise the number of slots"
+            f"all {self.num_slots} adapter slots are in use: try again, or serve with more slots"
         )
+
+    def _release(self, lease: SlotLease) -> None:
+        with self._lock:
+            slot = self._leased.pop(lease._number, None)
+            if slot is None:
+                return
+            slot.leases.remove(lease._number)
+            if slot.evicted and not slot.leases:
+                self._free.append(slot.index)

@@ -5,17 +5,21 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service.api.error_handlers import PROBLEM_MEDIA_TYPE
+from service.api.error_handlers import PROBLEM_MEDIA_TYPE, RETRY_STATUSES
 from service.api.schemas import Problem
 from service.errors import IcmLoraError
 
 _SCHEMA_REFERENCE = "#/components/schemas/{model}"
+_RETRY_AFTER = {
+    "description": "Seconds to wait before trying again (RFC 9110).",
+    "schema": {"type": "integer"},
+}
 
 
 def document_problems(*errors: type[IcmLoraError]) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses=` of a route for the errors that it can answer with."""
+    """FastAPI's `responses=` of a route for the errors that it can answer with, and for a bug."""
     responses: dict[int | str, dict[str, Any]] = {}
-    for error in errors:
+    for error in (*errors, IcmLoraError):
         schema = {"$ref": _SCHEMA_REFERENCE.format(model=Problem.__name__)}
         response = responses.setdefault(
             error.status,
@@ -24,6 +28,8 @@ def document_problems(*errors: type[IcmLoraError]) -> dict[int | str, dict[str, 
                 "content": {PROBLEM_MEDIA_TYPE: {"schema": schema, "examples": {}}},
             },
         )
+        if error.status in RETRY_STATUSES:
+            response["headers"] = {"Retry-After": _RETRY_AFTER}
         separator = "; " if response["description"] else ""
         response["description"] += f"{separator}`{error.code}`: {error.title}"
         response["content"][PROBLEM_MEDIA_TYPE]["examples"][error.code] = {

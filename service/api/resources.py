@@ -10,7 +10,7 @@ from service.adapters.provider import AdapterProvider, CachePolicy, Provided
 from service.adapters.record import AdapterRecord
 from service.adapters.slot_bank import SlotLease
 from service.errors import AdapterNotFoundError, NoFreeSlotError, QueueFullError
-from service.inference.base_model import BaseModel, load_base_model, resolve_device
+from service.inference.base_model import BaseModel, load_base_model
 from service.inference.scheduler import Scheduler
 from service.inference.text import TextEngine
 from service.logs import quiet_transformers
@@ -150,7 +150,8 @@ def _load_models(settings: Settings) -> tuple[Synthesizer, BaseModel]:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     quiet_transformers()
-    synthesizer = load_synthesizer(settings.bundle, str(resolve_device(settings.device)))
+    # On the CPU wherever the base is: replicas with and without a GPU make the same bytes.
+    synthesizer = load_synthesizer(settings.bundle)
     base = load_base_model(
         settings.base or synthesizer.bundle.base_reference,
         device=settings.device,

@@ -36,7 +36,10 @@ AdapterId = Annotated[
 ]
 Milliseconds = Annotated[
     dict[str, float],
-    Field(description="Time per stage in milliseconds, and `total`."),
+    Field(
+        description="Time per stage in milliseconds, and `total`.",
+        examples=[{"encode": 9.1, "decode": 14.2, "total": 25.9}],
+    ),
 ]
 
 
@@ -48,6 +51,15 @@ class RequestModel(BaseModel):
 
 class GenerateRequest(RequestModel):
     """A task description, and how to turn it into an adapter."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"task": EXAMPLE_TASK},
+                {"task": EXAMPLE_TASK, "mode": "sample", "seed": 7, "ttl_seconds": 3600},
+            ]
+        }
+    )
 
     task: TaskDescription
     mode: Annotated[
@@ -79,6 +91,15 @@ class GenerateRequest(RequestModel):
 
 class InferRequest(RequestModel):
     """A prompt, and the adapter (or the task to generate one for) that completes it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"task": EXAMPLE_TASK, "prompt": "Preheat the oven to", "max_tokens": 32},
+                {"adapter_id": BASE_ADAPTER_ID, "prompt": "Preheat the oven to"},
+            ]
+        }
+    )
 
     task: Annotated[TaskDescription | None, Field(description="Generate, then answer.")] = None
     adapter_id: Annotated[

@@ -1,226 +1,264 @@
-"""Scheduler: a bounded queue, and one thread that runs what waits as mixed-adapter batches."""
+"""Scheduler: a bounded queue in front of one inference thread."""
 
 import asyncio
-import contextlib
+import logging
 import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from service.errors import (
     DeadlineExceededError,
-    NoFreeSlotError,
+    IcmLoraError,
+    InvalidInputError,
     NotReadyError,
     QueueFullError,
 )
-from service.inference.text import Completion, CompletionRequest, Result, TextEngine
+from service.inference.text import Completion, CompletionRequest, Outcome, TextEngine
+
+_logger = logging.getLogger("service.scheduler")
+
+_MAX_RETRY_SECONDS = 60
 
 
 @runtime_checkable
 class SchedulerObserver(Protocol):
-    """What metrics want to know; called from the event loop and from the inference thread."""
+    """Told what happens, from any thread."""
 
-    def on_batch(self, rows: int, distinct_adapters: int) -> None:
-        """A batch starts; the base counts as an adapter."""
-        ...
+    def on_batch(self, rows: int, distinct_adapters: int, /) -> None:
+        """A batch starts; the base counts as one adapter."""
 
-    def on_queue(self, depth: int) -> None:
-        """The number of waiting requests changed."""
-        ...
+    def on_queue(self, depth: int, /) -> None:
+        """The queue's length changed."""
 
-    def on_tokens(self, count: int) -> None:
-        """A completion with this many tokens is done."""
-        ...
+    def on_tokens(self, count: int, /) -> None:
+        """A completion of so many tokens is done."""
 
-    def on_rejection(self, reason: str) -> None:
-        """A request was refused: `queue_full`, `deadline` or `shutting_down`."""
-        ...
+    def on_rejection(self, reason: str, /) -> None:
+        """A request was refused: `queue_full`, `not_ready` or `deadline_exceeded`."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Waiting:
+@dataclass(eq=False)
+class _Job:
+    """A request on its way; `abandoned` once nobody waits for it."""
+
     request: CompletionRequest
-    future: "asyncio.Future[Completion]"
-    enqueued: float
-    deadline: float  # of time.monotonic()
+    future: asyncio.Future[Completion]
+    loop: asyncio.AbstractEventLoop
+    deadline: float  # time.monotonic
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    abandoned: bool = False
+
+    def is_void(self) -> bool:
+        return self.abandoned or time.monotonic() > self.deadline
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Hands the outcome to the waiting task; may be called from any thread."""
+        if isinstance(outcome, Completion):
+            seconds = {"queue": self.started - self.submitted, **outcome.seconds}
+            outcome = replace(outcome, seconds=seconds)
+        try:
+            self.loop.call_soon_threadsafe(self._set, outcome)
+        except RuntimeError:  # its event loop is closed: nobody waits any more
+            self.abandoned = True
+
+    def _set(self, outcome: Outcome) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, Completion):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
 
 
 class Scheduler:
-    """Runs completions on one inference thread, batched whatever their adapters are.
+    """Batches waiting requests, with different adapters too, on one inference thread.
 
-    A batch is what waits when the thread becomes free, oldest first; there is no pause for
-    more requests unless a window is set.
+    A batch takes the requests that wait when the thread is free, oldest first, and is not
+    held back for more unless `batch_window_seconds` says so.
 
     Args:
-        engine: decodes batches; used by this scheduler's thread alone.
-        max_queue: requests that may wait.
-        max_batch_rows: rows of a batch.
-        batch_window_seconds: time that a batch waits for more rows.
-        observer: told of batches, queue, tokens and refusals.
+        engine: completes a batch.
+        max_queue: requests that may wait; further ones are refused.
+        max_batch_rows: requests in one batch.
+        batch_window_seconds: time that a batch which is not full waits for more.
+        observer: for metrics.
+
+    Raises:
+        InvalidInputError: a limit is out of range.
     """
 
     def __init__(
         self,
         engine: TextEngine,
         *,
-        max_queue: int,
-        max_batch_rows: int,
-        batch_window_seconds: float,
-        observer: SchedulerObserver,
+        max_queue: int = 256,
+        max_batch_rows: int = 16,
+        batch_window_seconds: float = 0.0,
+        observer: SchedulerObserver | None = None,
     ) -> None:
+        if max_queue < 1 or max_batch_rows < 1 or batch_window_seconds < 0:
+            raise InvalidInputError(
+                "choose max_queue and max_batch_rows of at least 1, and a batch window of at "
+                "least 0 seconds"
+            )
         self._engine = engine
         self._max_queue = max_queue
         self._max_batch_rows = max_batch_rows
         self._batch_window_seconds = batch_window_seconds
         self._observer = observer
-        self._queue: deque[_Waiting] = deque()
-        self._running = 0
-        self._accepting = False
-        self._stopping = False
+        self._queue: deque[_Job] = deque()
+        self._running: list[_Job] = []
         self._changed = threading.Condition()
+        self._is_open = False
+        self._is_aborted = False
+        self._batch_seconds = 1.0  # of the last batch
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     def start(self) -> None:
-        """Starts the inference thread."""
-        self._accepting = True
+        """Starts the inference thread; once."""
+        self._is_open = True
         self._thread.start()
 
     async def submit(self, request: CompletionRequest, deadline_seconds: float) -> Completion:
         """Queues a request and waits for its completion.
 
-        Cancelling the call takes the request out of the queue, or out of its batch before the
-        next decode step.
+        A caller that is cancelled gives its place up, in the queue and in a running batch.
 
         Raises:
-            QueueFullError: too many requests wait.
             NotReadyError: not started, or shutting down.
+            QueueFullError: too many requests wait already.
             DeadlineExceededError: not done within `deadline_seconds`.
-            InvalidInputError: the prompt is too long.
-            NoFreeSlotError: the adapter finds no slot.
+            IcmLoraError: what the engine says about this request.
         """
-        now = time.monotonic()
-        waiting = _Waiting(
-            request, asyncio.get_running_loop().create_future(), now, now + deadline_seconds
-        )
-        with self._changed:
-            if not self._accepting:
-                self._observer.on_rejection("shutting_down")
-                raise NotReadyError("the service is starting or shutting down: try again later")
-            depth = len(self._queue)
-            if depth >= self._max_queue:
-                self._observer.on_rejection("queue_full")
-                retry = max(1, math.ceil(depth / self._max_batch_rows))
-                raise QueueFullError(f"{depth} requests are waiting: try again later", retry)
-            self._queue.append(waiting)
-            self._observer.on_queue(len(self._queue))
-            self._changed.notify_all()
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + deadline_seconds
+        job = _Job(request, loop.create_future(), loop, deadline)
         try:
+            self._enqueue(job)
             async with asyncio.timeout(deadline_seconds):
-                return await waiting.future
+                return await job.future
         except TimeoutError:
-            self._observer.on_rejection("deadline")
+            self._count_rejection(DeadlineExceededError.code)
             raise DeadlineExceededError(
-                f"not done within {deadline_seconds:g} s: ask for fewer tokens, or try again"
+                f"not done within {deadline_seconds:g} seconds: ask for fewer tokens or try again"
             ) from None
         finally:
-            waiting.future.cancel()
-            self._forget(waiting)
+            job.abandoned = True
+            self._forget(job)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Accepts nothing more, finishes what was accepted, then stops the thread.
+        """Refuses new requests, finishes the accepted ones, and stops the thread.
 
-        What is not done after `grace_seconds` gets a `NotReadyError`.
+        What is not done after `grace_seconds` fails with `NotReadyError`, a running batch at
+        its next token. May be called twice, and without `start`.
         """
         with self._changed:
-            self._accepting = False
-        deadline = time.monotonic() + grace_seconds
-        while (self._queue or self._running) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        with self._changed:
-            self._stopping = True
-            left = list(self._queue)
-            self._queue.clear()
+            self._is_open = False
             self._changed.notify_all()
-        for waiting in left:
-            self._resolve(waiting, NotReadyError("the service shut down before its turn"))
-        await asyncio.to_thread(self._thread.join, max(0.0, deadline - time.monotonic()) + 1.0)
+        if self._thread.ident is None:
+            return
+        await asyncio.to_thread(self._thread.join, grace_seconds)
+        if self._thread.is_alive():
+            with self._changed:
+                self._is_aborted = True
+                left = [*self._running, *self._queue]
+                self._queue.clear()
+            for job in left:
+                job.resolve(NotReadyError("the service is shutting down: try another replica"))
+            await asyncio.to_thread(self._thread.join, grace_seconds)
 
-    def _forget(self, waiting: _Waiting) -> None:
-        """Takes a request out of the queue where it still is there."""
-        with self._changed, contextlib.suppress(ValueError):
-            self._queue.remove(waiting)
-            self._observer.on_queue(len(self._queue))
+    def _enqueue(self, job: _Job) -> None:
+        refusal: QueueFullError | NotReadyError | None = None
+        with self._changed:
+            depth = len(self._queue)
+            if self._is_open and depth < self._max_queue:
+                self._queue.append(job)
+                self._changed.notify_all()
+                depth += 1
+            elif self._is_open:
+                refusal = QueueFullError(
+                    f"{depth} requests are waiting: try again later", self._estimate_wait(depth)
+                )
+            else:
+                refusal = NotReadyError("the service takes no requests now: try another replica")
+        if refusal is not None:
+            self._count_rejection(refusal.code)
+            raise refusal
+        self._report_depth(depth)
+
+    def _forget(self, job: _Job) -> None:
+        """Takes a job that nobody waits for out of the queue, so that others may wait."""
+        with self._changed:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+            depth = len(self._queue)
+        self._report_depth(depth)
 
     def _run(self) -> None:
-        while (batch := self._take_batch()) is not None:
-            try:
-                self._run_batch(batch)
-            except Exception as error:  # the engine failed: this batch's fault, not the thread's
-                for waiting in batch:
-                    self._resolve(waiting, error)
-            finally:
-                with self._changed:
-                    self._running = 0
+        while (jobs := self._collect()) is not None:
+            if jobs:
+                self._run_batch(jobs)
 
-    def _take_batch(self) -> list[_Waiting] | None:
-        """The oldest waiting requests, or None to stop."""
+    def _collect(self) -> list[_Job] | None:
+        """Waits for requests and takes a batch of them; None once drained."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
+            self._changed.wait_for(lambda: self._queue or not self._is_open)
+            if not self._queue:
+                return None
             if self._batch_window_seconds > 0:
                 self._changed.wait_for(
-                    lambda: len(self._queue) >= self._max_batch_rows or self._stopping,
-                    timeout=self._batch_window_seconds,
+                    lambda: len(self._queue) >= self._max_batch_rows or not self._is_open,
+                    self._batch_window_seconds,
                 )
-            if self._stopping:
-                return None
-            batch: list[_Waiting] = []
-            while self._queue and len(batch) < self._max_batch_rows:
-                waiting = self._queue.popleft()
-                if not waiting.future.done() and time.monotonic() < waiting.deadline:
-                    batch.append(waiting)
-            self._running = len(batch)
-            self._observer.on_queue(len(self._queue))
-            return batch
+            jobs: list[_Job] = []
+            while self._queue and len(jobs) < self._max_batch_rows:
+                job = self._queue.popleft()
+                if not job.is_void():  # its waiter is told by its own clock
+                    job.started = time.monotonic()
+                    jobs.append(job)
+            self._running = jobs
+            depth = len(self._queue)
+        self._report_depth(depth)
+        return jobs
 
-    def _run_batch(self, batch: list[_Waiting]) -> None:
-        if not batch:
-            return
+    def _run_batch(self, jobs: list[_Job]) -> None:
         started = time.monotonic()
-        self._observer.on_batch(len(batch), len({w.request.adapter_id for w in batch}))
-        crowded_out: list[_Waiting] = []
+        try:
+            if self._observer is not None:
+                self._observer.on_batch(len(jobs), len({job.request.adapter_id for job in jobs}))
+            self._engine.complete(
+                [job.request for job in jobs],
+                on_done=lambda index, outcome: self._deliver(jobs[index], outcome),
+                is_abandoned=lambda index: self._is_aborted or jobs[index].is_void(),
+            )
+        except Exception as error:  # whatever it is, the thread must live on for the next batch
+            _logger.exception("a batch failed")
+            for job in jobs:
+                failure = IcmLoraError("the batch failed for a reason of our own: see the log")
+                failure.__cause__ = error
+                job.resolve(failure)
+        self._running = []
+        self._batch_seconds = time.monotonic() - started
 
-        def deliver(index: int, result: Result) -> None:
-            waiting = batch[index]
-            if isinstance(result, NoFreeSlotError) and len(batch) > 1:
-                crowded_out.append(waiting)  # by its own batch, which is about to let go
-                return
-            if isinstance(result, Completion):
-                self._observer.on_tokens(result.completion_tokens)
-                result.seconds["queue"] = started - waiting.enqueued
-            self._resolve(waiting, result)
+    def _deliver(self, job: _Job, outcome: Outcome) -> None:
+        if self._observer is not None and isinstance(outcome, Completion):
+            self._observer.on_tokens(outcome.completion_tokens)
+        job.resolve(outcome)
 
-        def is_wanted(index: int) -> bool:
-            return not batch[index].future.done() and not self._stopping
+    def _estimate_wait(self, depth: int) -> int:
+        """Whole seconds until a queue of this length is likely to be gone."""
+        num_batches = math.ceil(depth / self._max_batch_rows)
+        return min(max(1, math.ceil(num_batches * self._batch_seconds)), _MAX_RETRY_SECONDS)
 
-        self._engine.complete([waiting.request for waiting in batch], deliver, is_wanted)
-        if self._stopping:
-            for waiting in batch:
-                self._resolve(waiting, NotReadyError("the service shut down before it was done"))
-        with self._changed:
-            self._queue.extendleft(reversed(crowded_out))
+    def _report_depth(self, depth: int) -> None:
+        if self._observer is not None:
+            self._observer.on_queue(depth)
 
-    def _resolve(self, waiting: _Waiting, result: Result | Exception) -> None:
-        """Hands a result to the event loop that waits for it, if it still does."""
-
-        def set_result() -> None:
-            if waiting.future.done():
-                return
-            if isinstance(result, Completion):
-                waiting.future.set_result(result)
-            else:
-                waiting.future.set_exception(result)
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            waiting.future.get_loop().call_soon_threadsafe(set_result)
+    def _count_rejection(self, reason: str) -> None:
+        if self._observer is not None:
+            self._observer.on_rejection(reason)

@@ -178,7 +178,10 @@ def write_bundle(
         "files": digests,
     }
     scratch = folder / ".bundle.json.partial"
-    scratch.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    scratch.write_text(
+        json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     scratch.replace(manifest)
     return read_bundle(folder)
 

@@ -57,7 +57,8 @@ def run(*command: str | Path, **environment: str) -> str:
 
 def find_program(name: str) -> str:
     """Path of a program that `make test` installs; without it the test is skipped."""
-    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    folders = [Path(sys.executable).parent, ROOT / ".cache" / "tools" / "usr" / "bin"]
+    path = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
     if path is None:
         pytest.skip(f"{name} is not installed: `make test` installs it, or says how")
     return path

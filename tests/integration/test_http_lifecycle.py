@@ -54,7 +54,7 @@ class ServiceProcess:
         """Whether it takes requests."""
         return self.client.get("/health/ready").status_code == 200
 
-    def read_gauge(self, name: str) -> float:
+    def read_metric(self, name: str) -> float:
         """One metric's value."""
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.client.get("/metrics").text, re.M)
         assert found is not None, name
@@ -85,6 +85,7 @@ def service(
         tmp_path,
         port=str(port),
         bundle=str(tiny_bundle.folder),
+        cache_dir=str(tiny_bundle.cache_dir),
         device="cpu",
         dtype="float32",
         torch_threads="1",
@@ -119,9 +120,10 @@ def test_life_of_a_process(service: ServiceProcess) -> None:
 
     assert infer(4).json()["degraded"] == []
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(infer, 1000)
-        busy = lambda: service.read_gauge('icm_lora_slots{state="leased"}') == 1  # noqa: E731
-        service.wait_until("busy", busy)
+        running = pool.submit(infer, 400)
+        service.wait_until(
+            "decoding", lambda: service.read_metric("icm_lora_batch_rows_count") == 2
+        )
         service.process.send_signal(signal.SIGTERM)
         service.wait_until("draining", lambda: not service.is_ready())
         draining = client.get("/health/ready")
@@ -146,9 +148,9 @@ def test_no_request_fails_when_redis_dies_and_it_recovers(
     client = service.client
     service.wait_until("ready", service.is_ready, START_SECONDS)
     redis_server.stop()  # nobody asks for anything, and yet it is noticed
-    service.wait_until("down", lambda: service.read_gauge("icm_lora_redis_up") == 0)
+    service.wait_until("down", lambda: service.read_metric("icm_lora_redis_up") == 0)
     redis_server.start()
-    service.wait_until("up", lambda: service.read_gauge("icm_lora_redis_up") == 1)
+    service.wait_until("up", lambda: service.read_metric("icm_lora_redis_up") == 1)
     answers: list[httpx2.Response] = []
     stopped = threading.Event()
 
@@ -165,7 +167,7 @@ def test_no_request_fails_when_redis_dies_and_it_recovers(
         return lambda: bool(answers) and answers[-1].json().get("degraded") == degraded
 
     def is_degraded() -> bool:
-        return service.read_gauge('icm_lora_degraded{component="redis"}') == 1
+        return service.read_metric('icm_lora_degraded{component="redis"}') == 1
 
     with ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(ask, worker) for worker in range(4)]
@@ -175,7 +177,7 @@ def test_no_request_fails_when_redis_dies_and_it_recovers(
             redis_server.stop()
             service.wait_until("degraded", last_answer_is(["redis"]))
             assert is_degraded()
-            assert service.read_gauge("icm_lora_redis_up") == 0
+            assert service.read_metric("icm_lora_redis_up") == 0
             assert client.get("/health/ready").json() == {"status": "ready", "degraded": ["redis"]}
             killed_at = len(answers)
             service.wait_until("answering", lambda: len(answers) > killed_at + 20)

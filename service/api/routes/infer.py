@@ -27,7 +27,7 @@ from service.errors import (
     NotReadyError,
     QueueFullError,
 )
-from service.inference.text import CompletionRequest
+from service.inference.completion import CompletionRequest
 from service.synthesis.synthesizer import AdapterRecipe
 
 router = APIRouter(tags=["inference"])

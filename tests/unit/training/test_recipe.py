@@ -108,7 +108,7 @@ def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
         ("encoder", "kind", "words"),
         ("generator", "preset", "diffusion"),
         ("generator", "kl_weight", -1.0),
-        ("generator", "latent_dim", True),
+        ("generator", "latent_dim", "32 or so"),
         ("bundle", "name", "Not A Name"),
         ("bundle", "version", 1.0),
     ],

@@ -232,7 +232,8 @@ def test_access_log_has_the_template_and_not_the_path(
 def test_openapi_documents_problems_and_nothing_of_the_framework(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     responses = document["paths"]["/body"]["post"]["responses"]
-    assert set(responses) == {"200", "429"}
+    assert set(responses) == {"200", "429", "500"}
+    assert "Retry-After" in responses["429"]["headers"]
     content = responses["429"]["content"][PROBLEM_MEDIA_TYPE]
     assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
     Problem.model_validate(content["examples"]["queue_full"]["value"])

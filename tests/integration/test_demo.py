@@ -1,0 +1,17 @@
+"""The README's first command, on the shipped bundle."""
+
+import pytest
+
+from service.demo import run_demo
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_demo_shows_two_different_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_demo() == 0
+    output = capfd.readouterr().out
+    answers = output.split("--- POST /infer")[1:]
+    assert len(answers) == 2
+    assert answers[0].splitlines()[1] != answers[1].splitlines()[1]
+    assert "icm_lora_generated_tokens_total" in output
+    assert '"recipes": ' in output
