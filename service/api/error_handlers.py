@@ -18,7 +18,7 @@ MAX_FIELD_PROBLEMS = 20
 MAX_LOCATION_CHARS = 64
 RETRY_AFTER_SECONDS: Mapping[type[IcmLoraError], int] = {NotReadyError: 5, NoFreeSlotError: 1}
 """Seconds to wait before trying again, for errors that do not carry their own."""
-RETRY_STATUSES = frozenset(error.status for error in (QueueFullError, *RETRY_AFTER_SECONDS))
+RETRY_STATUSES = frozenset({QueueFullError.status, *(kind.status for kind in RETRY_AFTER_SECONDS)})
 """Statuses whose answers say when to try again."""
 
 

@@ -19,7 +19,8 @@ _RETRY_AFTER = {
 def document_problems(*errors: type[IcmLoraError]) -> dict[int | str, dict[str, Any]]:
     """FastAPI's `responses=` of a route for the errors that it can answer with, and for a bug."""
     responses: dict[int | str, dict[str, Any]] = {}
-    for error in (*errors, IcmLoraError):
+    answered: tuple[type[IcmLoraError], ...] = (*errors, IcmLoraError)
+    for error in answered:
         schema = {"$ref": _SCHEMA_REFERENCE.format(model=Problem.__name__)}
         response = responses.setdefault(
             error.status,

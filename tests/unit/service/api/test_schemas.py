@@ -1,0 +1,64 @@
+"""Request models: limits, unknown keys, and examples that hold."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.api.schemas import (
+    MAX_NEW_TOKENS,
+    MAX_STOPS,
+    GenerateRequest,
+    InferRequest,
+    RequestModel,
+)
+from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "location"),
+    [
+        (GenerateRequest, {}, "task"),
+        (GenerateRequest, {"task": ""}, "task"),
+        (GenerateRequest, {"task": "x" * (MAX_TASK_CHARACTERS + 1)}, "task"),
+        (GenerateRequest, {"task": "x", "mode": "mean"}, "mode"),
+        (GenerateRequest, {"task": "x", "seed": -1}, "seed"),
+        (GenerateRequest, {"task": "x", "seed": 2**63}, "seed"),
+        (GenerateRequest, {"task": "x", "temperature": 0}, "temperature"),
+        (GenerateRequest, {"task": "x", "strength": 4.1}, "strength"),
+        (GenerateRequest, {"task": "x", "ttl_seconds": 0}, "ttl_seconds"),
+        (GenerateRequest, {"task": "x", "cache": "maybe"}, "cache"),
+        (GenerateRequest, {"task": "x", "tenant": "other"}, "tenant"),
+        (InferRequest, {"prompt": "x"}, ""),
+        (InferRequest, {"prompt": "x", "task": "x", "adapter_id": "base"}, ""),
+        (InferRequest, {"adapter_id": "base"}, "prompt"),
+        (InferRequest, {"adapter_id": "base", "prompt": ""}, "prompt"),
+        (
+            InferRequest,
+            {"adapter_id": "base", "prompt": "x", "max_tokens": MAX_NEW_TOKENS + 1},
+            "max_tokens",
+        ),
+        (InferRequest, {"adapter_id": "base", "prompt": "x", "top_p": 0}, "top_p"),
+        (InferRequest, {"adapter_id": "base", "prompt": "x", "temperature": 3}, "temperature"),
+        (InferRequest, {"adapter_id": "base", "prompt": "x", "stop": [""]}, "stop.0"),
+        (
+            InferRequest,
+            {"adapter_id": "base", "prompt": "x", "stop": ["x"] * (MAX_STOPS + 1)},
+            "stop",
+        ),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(
+    model: type[RequestModel], body: Mapping[str, Any], location: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate_json(json.dumps(body))
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [location]
+
+
+@pytest.mark.parametrize("model", [GenerateRequest, InferRequest])
+def test_published_examples_are_valid(model: type[RequestModel]) -> None:
+    for example in model.model_json_schema()["examples"]:
+        model.model_validate(example)
