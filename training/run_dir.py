@@ -52,9 +52,9 @@ class RunDir:
                     f"{root} holds the adapters of another recipe: choose another --out, or "
                     "delete it"
                 )
-            sections = ("encoder", "generator")
+            made_by = ("encoder", "generator")
             made = [path for path in (run.generator, run.state("generator")) if path.exists()]
-            if made and before.stage_digest(*sections) != recipe.stage_digest(*sections):
+            if made and before.stage_digest(*made_by) != recipe.stage_digest(*made_by):
                 raise InvalidRecipeError(
                     f"{root} holds the generator of another recipe: choose another --out, or "
                     f"delete {' and '.join(map(str, made))} to train it again on the same adapters"
