@@ -17,6 +17,7 @@ from service.errors import (
     NoFreeSlotError,
 )
 from service.synthesis.layout import AdapterLayout
+from service.synthesis.synthesizer import VECTOR_DTYPE
 
 BASE_SLOT = 0
 """Slot of the base model: zeros, never written."""
@@ -40,7 +41,8 @@ class SlotLease:
         slot: index in the bank, 0 for the base.
         generation: number of the load that filled the slot; grows over the whole bank, so
             (slot, generation) names one content. 0 for the base.
-        write_seconds: time that writing the slot took, 0 where the adapter was resident.
+        write_seconds: time that checking the vector and writing the slot took, 0 where the
+            adapter was resident.
     """
 
     adapter_id: str | None
@@ -75,26 +77,26 @@ class SlotBank:
     """Adapter vectors in one preallocated tensor `[1 + num_slots, num_params]`.
 
     An adapter is loaded by one `copy_` into a free slot, or into the least recently used one
-    that is not leased. All methods may be called from any thread.
+    that is not leased. Vectors stay in the dtype in which they are generated, hashed and cached.
+    All methods may be called from any thread.
 
     Args:
         layout: of the adapters.
         num_slots: adapters that are resident at once, beside the base.
         device: of the base model.
-        dtype: of the base model.
 
     Raises:
         InvalidInputError: `num_slots` is not positive.
     """
 
-    def __init__(
-        self, layout: AdapterLayout, num_slots: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layout: AdapterLayout, num_slots: int, device: torch.device) -> None:
         if num_slots < 1:
             raise InvalidInputError(f"{num_slots} adapter slots: choose at least 1")
         self.num_slots = num_slots
         self._num_params = layout.num_params
-        self._vectors = torch.zeros(num_slots + 1, layout.num_params, device=device, dtype=dtype)
+        self._vectors = torch.zeros(
+            1 + num_slots, layout.num_params, dtype=VECTOR_DTYPE, device=device
+        )
         self._free = list(range(num_slots, BASE_SLOT, -1))
         self._resident: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
         self._leased: dict[int, _Slot] = {}  # by lease number, evicted ones too
@@ -158,6 +160,7 @@ class SlotBank:
             return SlotStats(self.num_slots, len(self._resident), leased)
 
     def _load(self, adapter_id: str, vector: Tensor | None) -> float:
+        started = time.perf_counter()
         if vector is None:
             raise AdapterNotFoundError(
                 f"adapter {adapter_id} is in no slot and came without its vector: generate it again"
@@ -166,15 +169,16 @@ class SlotBank:
             raise InvalidAdapterError(
                 f"adapter vector has shape {tuple(vector.shape)}, expected ({self._num_params},)"
             )
+        vector = vector.to(VECTOR_DTYPE)
         if not torch.isfinite(vector).all():
-            raise InvalidAdapterError(f"adapter {adapter_id} holds values that are not finite")
+            raise InvalidAdapterError(
+                f"adapter {adapter_id} holds values that are not finite in float16"
+            )
         index = self._take_slot()
-        started = time.perf_counter()
         self._vectors[index].copy_(vector)
-        write_seconds = time.perf_counter() - started
         self._generation += 1
         self._resident[adapter_id] = _Slot(index, self._generation)
-        return write_seconds
+        return time.perf_counter() - started
 
     def _take_slot(self) -> int:
         if self._free:

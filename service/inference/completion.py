@@ -21,8 +21,8 @@ class CompletionRequest:
     """A prompt to continue, with an adapter or (no `adapter_id`) with the base model.
 
     Attributes:
-        prompt: text to continue. An empty one starts from the tokenizer's start token; where
-            the tokenizer has none, an empty prompt is an error.
+        prompt: text to continue. An empty one starts from the base model's start token; where
+            it has none, an empty prompt is an error.
         adapter_id: the adapter, None for the base model.
         vector: its values; not needed where it is sure to be in a slot.
         max_tokens: most tokens to generate.

@@ -16,7 +16,7 @@ from service.errors import (
     NotReadyError,
     QueueFullError,
 )
-from service.inference.text import Completion, CompletionRequest, Outcome, TextEngine
+from service.inference.text import Completion, CompletionRequest, Result, TextEngine
 
 _logger = logging.getLogger("service.scheduler")
 
@@ -55,23 +55,23 @@ class _Job:
     def is_void(self) -> bool:
         return self.abandoned or time.monotonic() > self.deadline
 
-    def resolve(self, outcome: Outcome) -> None:
-        """Hands the outcome to the waiting task; may be called from any thread."""
-        if isinstance(outcome, Completion):
-            seconds = {"queue": self.started - self.submitted, **outcome.seconds}
-            outcome = replace(outcome, seconds=seconds)
+    def resolve(self, result: Result) -> None:
+        """Hands the result to the waiting task; may be called from any thread."""
+        if isinstance(result, Completion):
+            seconds = {"queue": self.started - self.submitted, **result.seconds}
+            result = replace(result, seconds=seconds)
         try:
-            self.loop.call_soon_threadsafe(self._set, outcome)
+            self.loop.call_soon_threadsafe(self._set, result)
         except RuntimeError:  # its event loop is closed: nobody waits any more
             self.abandoned = True
 
-    def _set(self, outcome: Outcome) -> None:
+    def _set(self, result: Result) -> None:
         if self.future.done():
             return
-        if isinstance(outcome, Completion):
-            self.future.set_result(outcome)
+        if isinstance(result, Completion):
+            self.future.set_result(result)
         else:
-            self.future.set_exception(outcome)
+            self.future.set_exception(result)
 
 
 class Scheduler:
@@ -167,6 +167,7 @@ class Scheduler:
                 self._is_aborted = True
                 left = [*self._running, *self._queue]
                 self._queue.clear()
+                self._report_depth()
             for job in left:
                 job.resolve(NotReadyError("the service is shutting down: try another replica"))
             await asyncio.to_thread(self._thread.join, grace_seconds)
@@ -177,8 +178,8 @@ class Scheduler:
             depth = len(self._queue)
             if self._is_open and depth < self._max_queue:
                 self._queue.append(job)
+                self._report_depth()
                 self._changed.notify_all()
-                depth += 1
             elif self._is_open:
                 refusal = QueueFullError(
                     f"{depth} requests are waiting: try again later", self._estimate_wait(depth)
@@ -188,16 +189,13 @@ class Scheduler:
         if refusal is not None:
             self._count_rejection(refusal.code)
             raise refusal
-        self._report_depth(depth)
 
     def _forget(self, job: _Job) -> None:
         """Takes a job that nobody waits for out of the queue, so that others may wait."""
         with self._changed:
-            if job not in self._queue:
-                return
-            self._queue.remove(job)
-            depth = len(self._queue)
-        self._report_depth(depth)
+            if job in self._queue:
+                self._queue.remove(job)
+                self._report_depth()
 
     def _run(self) -> None:
         while (jobs := self._collect()) is not None:
@@ -222,8 +220,7 @@ class Scheduler:
                     job.started = time.monotonic()
                     jobs.append(job)
             self._running = jobs
-            depth = len(self._queue)
-        self._report_depth(depth)
+            self._report_depth()
         return jobs
 
     def _run_batch(self, jobs: list[_Job]) -> None:
@@ -233,7 +230,7 @@ class Scheduler:
                 self._observer.on_batch(len(jobs), len({job.request.adapter_id for job in jobs}))
             self._engine.complete(
                 [job.request for job in jobs],
-                on_done=lambda index, outcome: self._deliver(jobs[index], outcome),
+                on_done=lambda index, result: self._deliver(jobs[index], result),
                 is_abandoned=lambda index: self._is_aborted or jobs[index].is_void(),
             )
         except Exception as error:  # whatever it is, the thread must live on for the next batch
@@ -245,19 +242,22 @@ class Scheduler:
         self._running = []
         self._batch_seconds = time.monotonic() - started
 
-    def _deliver(self, job: _Job, outcome: Outcome) -> None:
-        if self._observer is not None and isinstance(outcome, Completion):
-            self._observer.on_tokens(outcome.completion_tokens)
-        job.resolve(outcome)
+    def _deliver(self, job: _Job, result: Result) -> None:
+        if isinstance(result, DeadlineExceededError):
+            return  # abandoned: a waiter, where there is one, is told by its own clock
+        if self._observer is not None and isinstance(result, Completion):
+            self._observer.on_tokens(result.completion_tokens)
+        job.resolve(result)
 
     def _estimate_wait(self, depth: int) -> int:
         """Whole seconds until a queue of this length is likely to be gone."""
         num_batches = math.ceil(depth / self._max_batch_rows)
         return min(max(1, math.ceil(num_batches * self._batch_seconds)), _MAX_RETRY_SECONDS)
 
-    def _report_depth(self, depth: int) -> None:
+    def _report_depth(self) -> None:
+        """Called with the lock held, so that the last report is of the last change."""
         if self._observer is not None:
-            self._observer.on_queue(depth)
+            self._observer.on_queue(len(self._queue))
 
     def _count_rejection(self, reason: str) -> None:
         if self._observer is not None:

@@ -16,9 +16,9 @@ from service.synthesis.attachment import Attachment, choose_few_dtype
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
 
-__all__ = ["Completion", "CompletionRequest", "Outcome", "TextEngine"]
+__all__ = ["Completion", "CompletionRequest", "Result", "TextEngine"]
 
-Outcome = Completion | IcmLoraError
+Result = Completion | IcmLoraError
 """What becomes of a request."""
 
 MAX_PADDING_TOKENS = 2_048
@@ -48,12 +48,15 @@ class TextEngine:
         max_prompt_tokens: int = 2_048,
     ) -> None:
         assert layout.digest == bases.layout.digest, "the bases belong to another layout"
-        self.slots = SlotBank(layout, num_slots, base.device, base.dtype)
+        self.slots = SlotBank(layout, num_slots, base.device)
         self._model = base.model
         self._tokenizer = base.tokenizer
         self._max_prompt_tokens = max_prompt_tokens
-        self._context_tokens = int(base.model.config.max_position_embeddings)
+        self._context_tokens: int | None = getattr(
+            base.model.config, "max_position_embeddings", None
+        )
         self._eos_ids = find_eos_ids(base)
+        self._start_id = find_start_id(base)
         self._attachment = Attachment(base.model, bases)
         self._vectors_dtype = choose_few_dtype(next(base.model.parameters()))
 
@@ -69,9 +72,9 @@ class TextEngine:
     def complete(
         self,
         requests: Sequence[CompletionRequest],
-        on_done: Callable[[int, Outcome], None] | None = None,
+        on_done: Callable[[int, Result], None] | None = None,
         is_abandoned: Callable[[int], bool] | None = None,
-    ) -> list[Outcome]:
+    ) -> list[Result]:
         """Completes requests together, whatever their adapters.
 
         What a request gets does not depend on the others, up to rounding (in float32 greedy
@@ -79,18 +82,18 @@ class TextEngine:
 
         Args:
             requests: any number; those of very different lengths run one batch after another.
-            on_done: told an index and its outcome as soon as it is known.
+            on_done: told an index and its result as soon as it is known.
             is_abandoned: asked between steps whether nobody waits for an index any more.
 
         Returns:
-            One outcome per request: its completion or its error.
+            One result per request: its completion or its error.
         """
-        outcomes: dict[int, Outcome] = {}
+        results: dict[int, Result] = {}
 
-        def settle(index: int, outcome: Outcome) -> None:
-            outcomes[index] = outcome
+        def settle(index: int, result: Result) -> None:
+            results[index] = result
             if on_done is not None:
-                on_done(index, outcome)
+                on_done(index, result)
 
         prompts: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
@@ -103,13 +106,13 @@ class TextEngine:
                 self._run_group(requests, group, settle, is_abandoned or (lambda _: False))
         finally:
             self._attachment.rows.vectors = None
-        return [outcomes[index] for index in range(len(requests))]
+        return [results[index] for index in range(len(requests))]
 
     def _run_group(
         self,
         requests: Sequence[CompletionRequest],
         prompts: dict[int, list[int]],
-        settle: Callable[[int, Outcome], None],
+        settle: Callable[[int, Result], None],
         is_abandoned: Callable[[int], bool],
     ) -> None:
         indices: dict[DecodeRow, int] = {}
@@ -154,21 +157,22 @@ class TextEngine:
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         prompt_ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
         if not prompt_ids:
-            if self._tokenizer.bos_token_id is None:
+            if self._start_id is None:
                 raise InvalidInputError(
                     "the prompt is empty and this base model has no start token: "
                     "send at least one character"
                 )
-            prompt_ids = [self._tokenizer.bos_token_id]
+            prompt_ids = [self._start_id]
         if len(prompt_ids) > self._max_prompt_tokens:
             raise InvalidInputError(
                 f"the prompt has {len(prompt_ids)} tokens, the limit is "
                 f"{self._max_prompt_tokens}: shorten it"
             )
-        if len(prompt_ids) + request.max_tokens > self._context_tokens:
+        limit = self._context_tokens
+        if limit is not None and len(prompt_ids) + request.max_tokens > limit:
             raise InvalidInputError(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {request.max_tokens} "
-                f"together exceed the base model's context of {self._context_tokens} tokens: "
+                f"together exceed the base model's context of {limit} tokens: "
                 "shorten the prompt or lower max_tokens"
             )
         return prompt_ids
@@ -179,6 +183,12 @@ def find_eos_ids(base: BaseModel) -> frozenset[int]:
     configured: Any = base.model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
     return frozenset({*several, base.tokenizer.eos_token_id} - {None})
+
+
+def find_start_id(base: BaseModel) -> int | None:
+    """Token that a text begins with: the tokenizer's, else the generation config's, if any."""
+    start: int | None = base.tokenizer.bos_token_id
+    return base.model.generation_config.bos_token_id if start is None else start
 
 
 def group_by_length(prompts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:

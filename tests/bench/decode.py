@@ -8,7 +8,7 @@ import torch
 
 from service.adapters.slot_bank import SlotBank
 from service.inference.base_model import EMBEDDED_SMOLLM2, load_base_model
-from service.inference.text import CompletionRequest, TextEngine
+from service.inference.text import Completion, CompletionRequest, TextEngine
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
 
@@ -49,7 +49,7 @@ def measure_decode(rows: int = ROWS, tokens: int = TOKENS) -> DecodeMeasurement:
     )
     bases = AdapterBases.from_model(layout, base.model)
     engine = TextEngine(base, layout, bases, num_slots=256, max_prompt_tokens=512)
-    engine._end_tokens = set()  # rows of equal length: end of text would shrink one batch only
+    engine._eos_ids = frozenset()  # rows of equal length: end of text would shrink one batch only
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(rows, layout.num_params, generator=generator).half() * 0.2
     adapted = [
@@ -73,9 +73,11 @@ def measure_decode(rows: int = ROWS, tokens: int = TOKENS) -> DecodeMeasurement:
 
 def _decode_rate(engine: TextEngine, batch: list[CompletionRequest]) -> float:
     """Tokens per second of the decode steps, the prefill left out."""
-    results: list[object] = []
-    engine.complete(batch, lambda _index, result: results.append(result))
-    seconds = max(result.seconds["decode"] for result in results)
+    outcomes = engine.complete(batch)
+    completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+    assert all(each.completion_tokens == batch[0].max_tokens for each in completions)
+    assert len(completions) == len(batch)
+    seconds = max(each.seconds["decode"] for each in completions)
     return len(batch) * (batch[0].max_tokens - 1) / seconds
 
 
