@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -77,21 +78,22 @@ class RedisCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=MAX_CONNECTIONS,
-                timeout=None,  # of waiting for a free connection: `_ask` bounds the whole call
-                socket_connect_timeout=timeout_seconds,
-                socket_timeout=timeout_seconds,
-                # One retry replaces a pooled connection that a restarted server has closed.
-                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-                protocol=2,  # spares the HELLO round trip; nothing of RESP3 is used
-            )
+            from_url = parse_url(url)
         except ValueError:  # its message may quote a part of the password
             raise InvalidInputError(
                 "the Redis URL cannot be understood: write it as redis://host:port/db"
             ) from None
-        self._client = Redis.from_pool(pool)
+        options: dict[str, Any] = {
+            **from_url,  # ours come after: a URL cannot lift the bound on a call
+            "max_connections": MAX_CONNECTIONS,
+            "timeout": None,  # of waiting for a free connection: `_ask` bounds the whole call
+            "socket_connect_timeout": timeout_seconds,
+            "socket_timeout": timeout_seconds,
+            # One retry replaces a pooled connection that a restarted server has closed.
+            "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+            "protocol": 2,  # spares the HELLO round trip; nothing of RESP3 is used
+        }
+        self._client = Redis.from_pool(BlockingConnectionPool(**options))
         self._layout = layout
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds

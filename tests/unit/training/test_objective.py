@@ -36,7 +36,7 @@ def test_reconstruction_is_twice_the_gaussian_nll_without_its_constant(
     adapters = normal(batch, num_params, seed=seed + 1)
     nll = -Normal(decoded, 1.0).log_prob(adapters).mean()
 
-    objective = evaluate_objective(decoded, adapters, torch.zeros(1, 1), torch.zeros(1, 1))
+    objective = evaluate_objective(decoded, adapters, torch.zeros(batch, 1), torch.zeros(batch, 1))
 
     expected = 2 * (nll - 0.5 * math.log(2 * math.pi))
     torch.testing.assert_close(objective.reconstruction, expected, rtol=1e-4, atol=1e-5)
@@ -55,14 +55,14 @@ def test_gradients_are_those_of_torch_distributions() -> None:
 
 def test_kl_is_zero_at_the_prior_and_positive_elsewhere() -> None:
     at_prior = evaluate_objective(
-        torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(3, 4), torch.zeros(3, 4)
+        torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 4), torch.zeros(3, 4)
     )
 
     assert at_prior.kl == 0
     for mean, log_variance in ((0.1, 0.0), (0.0, 0.1), (0.0, -0.1)):
         elsewhere = evaluate_objective(
-            torch.zeros(1, 2),
-            torch.zeros(1, 2),
+            torch.zeros(3, 2),
+            torch.zeros(3, 2),
             torch.full((3, 4), mean),
             torch.full((3, 4), log_variance),
         )
