@@ -1,5 +1,6 @@
 """Checkpoints of training state, as safetensors written atomically."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,15 +9,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+_METADATA_KEY = "metadata"
+
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file that is there whole or not at all, whenever we are killed."""
+    """Writes a safetensors file that is there whole or not at all, whenever we are killed.
+
+    The metadata is one JSON entry of the header: safetensors writes several in random order, and
+    equal content must give equal bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, scratch, metadata=dict(metadata or {}))
+    header = {_METADATA_KEY: json.dumps(dict(metadata or {}), sort_keys=True)}
+    save_file(contiguous, scratch, metadata=header)
     scratch.replace(path)
 
 
@@ -31,7 +39,8 @@ def write_text(path: Path, text: str) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+        header = file.metadata() or {}
+    metadata: dict[str, str] = json.loads(header.get(_METADATA_KEY, "{}"))
     return load_file(path), metadata
 
 

@@ -1,13 +1,19 @@
 """Slots: what lies in them, who may displace it, and that threads do not disturb each other."""
 
 import random
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from service.adapters.slot_bank import BASE_SLOT, SlotBank, SlotStats
+from service.adapters.slot_bank import BASE_SLOT, SlotBank, SlotLease, SlotStats
 from service.errors import (
     AdapterNotFoundError,
     InvalidAdapterError,
@@ -15,17 +21,19 @@ from service.errors import (
     NoFreeSlotError,
 )
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
+from tests.fixtures.kernel import PROPERTY
 
 LAYOUT = AdapterLayout(AdapterKind.CORE, 4, 4.0, (AdaptedModule("only", 8, 8),))
+WIDE = AdapterLayout(AdapterKind.CORE, 128, 4.0, (AdaptedModule("only", 128, 128),))
 
 
-def make_bank(num_slots: int = 2) -> SlotBank:
-    return SlotBank(LAYOUT, num_slots, torch.device("cpu"))
+def make_bank(num_slots: int = 2, layout: AdapterLayout = LAYOUT) -> SlotBank:
+    return SlotBank(layout, num_slots, torch.device("cpu"))
 
 
-def constant(value: float) -> Tensor:
+def constant(value: float, layout: AdapterLayout = LAYOUT) -> Tensor:
     """An adapter whose values are all the same."""
-    return torch.full((LAYOUT.num_params,), value, dtype=torch.float16)
+    return torch.full((layout.num_params,), value, dtype=torch.float16)
 
 
 def load(bank: SlotBank, *names: str) -> None:
@@ -162,27 +170,113 @@ def test_a_bank_needs_a_slot() -> None:
         make_bank(num_slots=0)
 
 
+@contextmanager
+def switching_threads_often() -> Iterator[None]:
+    """Makes Python change threads a thousand times as often, so that races show."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_threads_get_what_they_asked_for() -> None:
-    bank = make_bank(num_slots=6)
+    bank = make_bank(num_slots=6, layout=WIDE)  # wide: half a write would be seen
     failures: list[str] = []
+
+    def check(rows: Tensor, value: int) -> None:
+        if not (rows == value).all():
+            failures.append(f"{rows.unique().tolist()} instead of {value}")
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(300):
+        kept: list[tuple[Tensor, int]] = []
+        for _ in range(400):
             value = rng.randrange(1, 12)
-            with bank.acquire(str(value), constant(value)) as lease:
-                if not torch.equal(bank.gather([lease])[0], constant(value)):
-                    failures.append(f"slot {lease.slot} does not hold {value}")
+            with bank.acquire(str(value), constant(value, WIDE)) as lease:
+                rows = bank.gather([lease])
+            check(rows, value)
+            kept = [*kept[-3:], (rows, value)]
             if rng.random() < 0.2:
                 bank.evict(str(rng.randrange(1, 12)))
+            for older in kept:  # what was gathered stays, whatever was written since
+                check(*older)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with switching_threads_often():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     assert not failures
     assert bank.stats().leased == 0
-    leases = [bank.acquire(f"new-{index}", constant(index)) for index in range(6)]
+    leases = [bank.acquire(f"new-{index}", constant(index, WIDE)) for index in range(6)]
     assert sorted(lease.slot for lease in leases) == [1, 2, 3, 4, 5, 6]
+
+
+class SlotBankMachine(RuleBasedStateMachine):
+    """Any order of loads, releases and evictions, against a bank written as a list."""
+
+    NUM_SLOTS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = make_bank(self.NUM_SLOTS)
+        self.resident: dict[str, tuple[int, int]] = {}  # (slot, generation), least recent first
+        self.leases: list[SlotLease] = []
+        self.generation = 0
+
+    @property
+    def leased(self) -> set[int]:
+        return {lease.slot for lease in self.leases}
+
+    @rule(name=st.sampled_from("abcde"))
+    def acquire(self, name: str) -> None:
+        vector = constant(self.generation + 1)  # so that a content tells its load
+        if name not in self.resident:
+            taken = self.leased | {slot for slot, _ in self.resident.values()}
+            idle = [other for other in self.resident if self.resident[other][0] not in self.leased]
+            if len(taken) == self.NUM_SLOTS and not idle:
+                with pytest.raises(NoFreeSlotError):
+                    self.bank.acquire(name, vector)
+                return
+            lease = self.bank.acquire(name, vector)
+            if len(taken) == self.NUM_SLOTS:
+                assert lease.slot == self.resident.pop(idle[0])[0]
+            else:
+                assert lease.slot not in taken
+            self.generation += 1
+            expected = (lease.slot, self.generation)
+        else:
+            lease = self.bank.acquire(name, vector)
+            expected = self.resident.pop(name)
+        assert (lease.slot, lease.generation) == expected
+        self.resident[name] = expected
+        self.leases.append(lease)
+
+    @precondition(lambda self: self.leases)
+    @rule(number=st.integers(0, 10**6))
+    def release(self, number: int) -> None:
+        self.leases.pop(number % len(self.leases)).release()
+
+    @rule(name=st.sampled_from("abcde"))
+    def evict(self, name: str) -> None:
+        assert self.bank.evict(name) == (self.resident.pop(name, None) is not None)
+
+    @invariant()
+    def leased_slots_hold_what_was_loaded_and_the_base_zeros(self) -> None:
+        base = self.bank.acquire(None, None)
+        rows = self.bank.gather([base, *self.leases])
+        contents = [0, *(lease.generation for lease in self.leases)]
+        assert torch.equal(rows, torch.stack([constant(value) for value in contents]))
+
+    @invariant()
+    def counts_are_right(self) -> None:
+        expected = SlotStats(self.NUM_SLOTS, len(self.resident), len(self.leased))
+        assert self.bank.stats() == expected
+
+
+TestSlotBankMachine = SlotBankMachine.TestCase
+TestSlotBankMachine.settings = settings(PROPERTY, max_examples=60, stateful_step_count=40)

@@ -64,6 +64,12 @@ def test_a_stop_text_inside_a_longer_token_ends_the_text() -> None:
     assert grow(tokenizer, "", [ids["ab##"], ids["##cd"]], "d", "b#") == ("a", True)
 
 
+def test_of_stop_texts_that_end_together_the_longest_counts(byte_tokenizer: Any) -> None:
+    tokens = byte_tokenizer("xab")["input_ids"]
+    assert grow(byte_tokenizer, "p", tokens, "b", "ab") == ("x", True)
+    assert grow(byte_tokenizer, "p", tokens, "ab", "b") == ("x", True)
+
+
 def test_a_stop_text_in_the_prompt_is_no_stop(byte_tokenizer: Any) -> None:
     tokens = byte_tokenizer("b!")["input_ids"]
     assert grow(byte_tokenizer, "xa", tokens, "a", "ab") == ("b!", False)

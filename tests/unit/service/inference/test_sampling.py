@@ -55,8 +55,10 @@ def test_a_narrow_nucleus_and_a_low_temperature_are_greedy() -> None:
     logits = normal(1_000)
     greedy = int(logits.argmax())
 
-    assert set(draw(logits, 20, top_p=1e-6)) == {greedy}
-    assert set(draw(logits, 20, temperature=1e-30)) == {greedy}
+    for top_p in (1e-6, 5e-324):
+        assert set(draw(logits, 20, top_p=top_p)) == {greedy}
+    for temperature in (1e-30, 1e-40, 5e-324):  # the last two are not normal in float32
+        assert set(draw(logits, 20, temperature=temperature)) == {greedy}
 
 
 def test_same_seed_same_tokens() -> None:

@@ -82,6 +82,56 @@ def test_requests_that_wait_share_a_batch_whatever_their_adapters(kit: EngineKit
     asyncio.run(scenario())
 
 
+def test_a_batch_has_at_most_so_many_rows_oldest_first(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed, max_batch_rows=2) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            order: list[int] = []
+
+            async def submit(number: int) -> None:
+                await scheduler.submit(kit.request("a", max_tokens=2), DEADLINE)
+                order.append(number)
+
+            await asyncio.gather(long, *(submit(number) for number in range(5)))
+            assert order == [0, 1, 2, 3, 4]
+        assert [rows for rows, _ in observed.batches] == [1, 2, 2, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_window_waits_for_company_but_not_once_full(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        limits = {"batch_window_seconds": 20.0, "max_batch_rows": 2}
+        async with run_scheduler(kit, observed, **limits) as scheduler:
+            first = asyncio.create_task(scheduler.submit(kit.request("a", max_tokens=2), DEADLINE))
+            await asyncio.sleep(0.05)
+            assert not observed.batches
+            await scheduler.submit(kit.request("b", max_tokens=2), 10.0)
+            await first
+        assert observed.batches == [(2, 1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_loop_that_is_gone_does_not_stop_the_thread(kit: EngineKit) -> None:
+    observed = Observed()
+    scheduler = Scheduler(kit.engine, observer=observed)
+    scheduler.start()
+
+    async def leave() -> None:
+        await start_long(kit, scheduler, observed)  # asyncio.run cancels it and closes the loop
+
+    async def ask() -> Completion:
+        answer = await scheduler.submit(kit.request("a", max_tokens=1), DEADLINE)
+        await scheduler.drain(10.0)
+        return answer
+
+    asyncio.run(leave())
+    assert asyncio.run(ask()).text == "b"
+
+
 def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:
     async def scenario() -> None:
         observed = Observed()
@@ -123,9 +173,14 @@ def test_a_deadline_ends_waiting_and_running_requests(kit: EngineKit) -> None:
         async with run_scheduler(kit, observed) as scheduler:
             with pytest.raises(DeadlineExceededError):
                 await scheduler.submit(kit.request("a", max_tokens=LONG), 0.05)
+            long = await start_long(kit, scheduler, observed)
+            with pytest.raises(DeadlineExceededError):
+                await scheduler.submit(kit.request("b"), 0.0)
+            await long
             answer = await scheduler.submit(kit.request("a", max_tokens=1), DEADLINE)
             assert answer.text == "b"
-        assert observed.rejections == ["deadline_exceeded"]
+        assert observed.rejections == ["deadline_exceeded"] * 2
+        assert len(observed.batches) == 3  # what waited too long never ran
 
     asyncio.run(scenario())
 
