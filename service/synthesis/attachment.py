@@ -7,16 +7,21 @@ its gradient; serving puts rows gathered from the slot bank.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
 
 FEW_TOKENS = 64
 """Up to this many tokens, a decode step, the update is computed in `choose_few_dtype`."""
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Roles of transformers' models that one parent feeds with the same input."""
 
 
 class AdapterRows:
@@ -69,6 +74,7 @@ class AdaptedLinear(nn.Module):
         self.rows = rows
         like = base.weight
         self.few_dtype = choose_few_dtype(like)
+        self.group: DecodeGroup | None = None
         for name, scale in (("A", 1.0), ("B", self.layout.scaling)):
             frozen = bases.tensors.get((module.path, name))
             if frozen is not None:  # the scaling is folded into B where B is frozen
@@ -83,8 +89,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "leading *tokens in_features"]) -> Tensor:
         """Base output plus the update of each row's adapter."""
-        y: Tensor = self.base(x)
-        if self.rows.vectors is None:
+        vectors = self.rows.vectors
+        if vectors is not None and self.group is not None and self.group.applies(self, x, vectors):
+            return self.group.compute(self, x)
+        y = functional.linear(x, self.base.weight, self.base.bias)
+        if vectors is None:
             return y
         if x.ndim == 3:
             return y.add_(self._update(x))  # y is fresh: in place, and no cast of the update
@@ -132,6 +141,75 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+class DecodeGroup:
+    """Modules with the same input, whose updates a decode step computes together (kind `core`).
+
+    A decode step's products are so small that their number is what costs. So the first module's
+    weight is extended by the `A` of all, one product gives its output and everybody's `A x`, and
+    one each applies `R` and `B` (block-diagonal) for all. The other modules take their part if
+    they are given the very same tensor; else they compute their own.
+    """
+
+    def __init__(self, rows: AdapterRows, modules: Sequence[AdaptedLinear]) -> None:
+        self._rows = rows
+        self._leader = modules[0]
+        self._few_dtype = self._leader.few_dtype
+        self._keys = [(module.module.path, "core") for module in modules]
+        base = self._leader.base
+        down = torch.cat([module.frozen_a for module in modules], dim=1).T  # [n * r, in]
+        self._extended = torch.cat([base.weight, down.to(base.weight.dtype)])  # [out + n * r, in]
+        base.weight = nn.Parameter(self._extended[: base.out_features], requires_grad=False)
+        up = [module.frozen_b for module in modules]
+        self._up: Tensor = torch.block_diag(*up)  # type: ignore[no-untyped-call]  # [n * r, outs]
+        self._sizes = [module.module.out_features for module in modules]
+        self._followers = [module.module.path for module in modules[1:]]
+        self._cores: Float[Tensor, "rows_n r r"] | None = None  # transposed
+        self._cores_of: Tensor | None = None
+        self._input: Tensor | None = None
+        self._parts: dict[str, Tensor] = {}
+
+    def applies(self, module: AdaptedLinear, x: Tensor, vectors: Tensor) -> bool:
+        """Whether the group computes this module's output: a decode step without gradients."""
+        if module is not self._leader:
+            return self._input is x and module.module.path in self._parts
+        return (
+            x.ndim == 3
+            and x.shape[1] == 1
+            and 1 < vectors.shape[0] == x.shape[0] <= FEW_TOKENS
+            and vectors.dtype == self._few_dtype
+            and not torch.is_grad_enabled()
+        )
+
+    def compute(
+        self, module: AdaptedLinear, x: Float[Tensor, "rows 1 in"]
+    ) -> Float[Tensor, "rows 1 out"]:
+        """Output of a module, its update included; a follower's part is handed out once."""
+        if module is not self._leader:
+            part = self._parts.pop(module.module.path)
+            if not self._parts:
+                self._input = None
+            return functional.linear(x, module.base.weight).add_(part[:, None])
+        y = functional.linear(x, self._extended)  # [rows, 1, out + n * r]
+        size = self._sizes[0]
+        cores = self._gather_cores()
+        hidden = _cast(y[:, 0, size:], self._few_dtype).reshape(-1, 1, cores.shape[-1])
+        hidden = torch.bmm(hidden, cores).view(x.shape[0], -1)  # [rows, n * r]
+        updates = torch.mm(hidden, self._up).to(x.dtype)  # [rows, outs]
+        first, *others = torch.split(updates, self._sizes, dim=1)
+        if others:
+            self._input = x
+            self._parts = dict(zip(self._followers, others, strict=True))
+        return y[..., :size] + first[:, None]
+
+    def _gather_cores(self) -> Float[Tensor, "rows_n r r"]:
+        """`R^T` of every row and module, stacked once per assignment of `rows.vectors`."""
+        if self._cores is None or self._cores_of is not self._rows.vectors:
+            cores = [self._rows.tensors[key].mT for key in self._keys]
+            self._cores = torch.stack(cores, dim=1).flatten(0, 1)
+            self._cores_of = self._rows.vectors
+        return self._cores
+
+
 class Attachment:
     """A frozen model whose target linears are wrapped; `rows.vectors` selects the adapters."""
 
@@ -142,9 +220,27 @@ class Attachment:
         for module in self.layout.modules:
             base = model.get_submodule(module.path)
             assert isinstance(base, nn.Linear), f"{module.path} is {type(base).__name__}"
-            model.set_submodule(
-                module.path, AdaptedLinear(base, module, bases, self.rows), strict=True
-            )
+            adapted = AdaptedLinear(base, module, bases, self.rows)
+            model.set_submodule(module.path, adapted, strict=True)
+        if self.layout.kind is AdapterKind.CORE:
+            self._group_modules(model)
+
+    def _group_modules(self, model: nn.Module) -> None:
+        """Groups modules that their parent feeds alike; the others are groups of one."""
+        left: dict[str, AdaptedLinear] = {}
+        for entry in self.layout.modules:
+            adapted = model.get_submodule(entry.path)
+            assert isinstance(adapted, AdaptedLinear)
+            left[entry.path] = adapted
+        for path in list(left):
+            parent, _, role = path.rpartition(".")
+            alike = next((roles for roles in SHARED_INPUTS if role in roles), (role,))
+            names = [f"{parent}.{each}" if parent else each for each in alike]
+            modules = [left.pop(name) for name in names if name in left]
+            if modules and all(module.base.bias is None for module in modules):
+                group = DecodeGroup(self.rows, modules)
+                for module in modules:
+                    module.group = group
 
     def detach(self, model: nn.Module) -> None:
         """Puts the original linears back."""

@@ -187,7 +187,7 @@ def test_threads_get_what_they_asked_for() -> None:
 
     def check(rows: Tensor, value: int) -> None:
         if not (rows == value).all():
-            failures.append(f"{rows.unique().tolist()} instead of {value}")
+            failures.append(f"{rows[0, :8].tolist()} instead of {value}")
 
     def work(seed: int) -> None:
         rng = random.Random(seed)

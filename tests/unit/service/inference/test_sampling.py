@@ -10,7 +10,9 @@ from service.inference.sampling import sample_token, select_nucleus
 from tests.fixtures.kernel import PROPERTY, normal
 
 
-def draw(logits: torch.Tensor, count: int, *, temperature: float = 1.0, top_p: float = 1.0) -> list:
+def draw(
+    logits: torch.Tensor, count: int, *, temperature: float = 1.0, top_p: float = 1.0
+) -> list[int]:
     generator = torch.Generator().manual_seed(7)
     return [sample_token(logits, temperature, top_p, generator) for _ in range(count)]
 

@@ -1,10 +1,16 @@
+"""Who shares a batch, who is refused, and that every waiter is answered once, whatever fails."""
+
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
 from service.errors import (
+    AdapterNotFoundError,
     DeadlineExceededError,
     IcmLoraError,
     InvalidInputError,
@@ -12,10 +18,15 @@ from service.errors import (
     QueueFullError,
 )
 from service.inference.scheduler import Scheduler
-from service.inference.text import Completion
-from tests.fixtures.tiny_engine import EngineKit, build_engine, load_chained_base
+from service.inference.text import Completion, CompletionRequest
+from tests.fixtures.tiny_engine import (
+    EngineKit,
+    build_engine,
+    load_chained_base,
+    load_random_base,
+)
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 LONG = 480
 """Tokens of a completion that keeps the inference thread busy for a while."""
 
@@ -115,21 +126,131 @@ def test_a_batch_window_waits_for_company_but_not_once_full(kit: EngineKit) -> N
     asyncio.run(scenario())
 
 
-def test_a_loop_that_is_gone_does_not_stop_the_thread(kit: EngineKit) -> None:
+@contextmanager
+def failing_step(kit: EngineKit) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """The next step of the model sets the first event, waits for the second, and then fails."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def fail(*_: object) -> None:
+        hook.remove()
+        reached.set()
+        go_on.wait(30.0)
+        raise RuntimeError("out of memory")
+
+    hook = kit.base.model.register_forward_pre_hook(fail)
+    try:
+        yield reached, go_on
+    finally:
+        go_on.set()
+        hook.remove()
+
+
+@pytest.mark.parametrize("loop_is_closed", [False, True])
+def test_answers_that_come_when_nobody_waits_any_more_are_dropped(
+    kit: EngineKit, caplog: pytest.LogCaptureFixture, loop_is_closed: bool
+) -> None:
     observed = Observed()
     scheduler = Scheduler(kit.engine, observer=observed)
     scheduler.start()
 
-    async def leave() -> None:
-        await start_long(kit, scheduler, observed)  # asyncio.run cancels it and closes the loop
+    async def leave(reached: threading.Event, go_on: threading.Event) -> None:
+        long = await start_long(kit, scheduler, observed)
+        await asyncio.to_thread(reached.wait)
+        long.cancel()
+        if not loop_is_closed:
+            await asyncio.wait([long])
+            go_on.set()
+            await ask()
 
-    async def ask() -> Completion:
+    async def ask() -> None:
         answer = await scheduler.submit(kit.request("a", max_tokens=1), DEADLINE)
-        await scheduler.drain(10.0)
-        return answer
+        assert answer.text == "b"
 
-    asyncio.run(leave())
-    assert asyncio.run(ask()).text == "b"
+    with failing_step(kit) as (reached, go_on):
+        asyncio.run(leave(reached, go_on))
+        go_on.set()
+        asyncio.run(ask())
+    asyncio.run(scheduler.drain(10.0))
+    assert [record.message for record in caplog.records] == ["a batch failed"]
+
+
+def test_loops_in_several_threads_get_the_answers_to_their_own_requests(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    kit = build_engine(load_random_base(tmp_path_factory.mktemp("cache")), num_slots=2)
+    requests = [
+        kit.request("x" * (1 + number % 5), number % 7 or None, max_tokens=4 + number % 3)
+        for number in range(24)
+    ]
+    alone = [kit.complete(request)[0] for request in requests]
+    observed = Observed()
+    scheduler = Scheduler(kit.engine, max_batch_rows=5, max_queue=48, observer=observed)
+    scheduler.start()
+
+    async def ask_all() -> list[Completion]:
+        return await asyncio.gather(*(scheduler.submit(each, DEADLINE) for each in requests))
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(asyncio.run, [ask_all(), ask_all()]))
+    asyncio.run(scheduler.drain(10.0))
+
+    expected = [result.text for result in alone if isinstance(result, Completion)]
+    for answer in answers:
+        assert [each.text for each in answer] == expected
+    assert sum(rows for rows, _ in observed.batches) == 48
+    assert max(rows for rows, _ in observed.batches) == 5
+    assert max(adapters for _, adapters in observed.batches) > 2  # more than there are slots
+    assert observed.tokens == sum(each.completion_tokens for answer in answers for each in answer)
+    assert observed.depths[-1] == 0
+    assert observed.rejections == []
+
+
+def test_a_bad_request_fails_alone(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            requests = [
+                kit.request("a", 1, max_tokens=3),
+                kit.request("a", max_tokens=10_000),
+                CompletionRequest("a", "never-loaded"),
+                kit.request("b", max_tokens=3),
+            ]
+            good, wide, unknown, other = await asyncio.gather(
+                *(scheduler.submit(each, DEADLINE) for each in requests), return_exceptions=True
+            )
+            await long
+        assert isinstance(wide, InvalidInputError)
+        assert isinstance(unknown, AdapterNotFoundError)
+        assert isinstance(good, Completion)
+        assert isinstance(other, Completion)
+        assert other.text == "cde"
+        assert observed.batches[1] == (4, 3)
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_rows_leave_a_batch_that_goes_on(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            stays, leaves = (
+                asyncio.create_task(
+                    scheduler.submit(kit.request(prompt, max_tokens=LONG), DEADLINE)
+                )
+                for prompt in "ab"
+            )
+            await long
+            while len(observed.batches) < 2:
+                await asyncio.sleep(0.001)
+            leaves.cancel()
+            assert (await stays).text.startswith("bcdefg")
+        assert leaves.cancelled()
+        assert observed.batches == [(1, 1), (2, 1)]
+        assert observed.tokens == 2 * LONG
+
+    asyncio.run(scenario())
 
 
 def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:
@@ -185,6 +306,42 @@ def test_a_deadline_ends_waiting_and_running_requests(kit: EngineKit) -> None:
     asyncio.run(scenario())
 
 
+def test_a_deadline_is_told_by_the_waiter_s_clock_even_when_its_loop_is_late(
+    kit: EngineKit,
+) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            task = asyncio.create_task(scheduler.submit(kit.request("a", max_tokens=LONG), 0.02))
+            while not (observed.batches or task.done()):
+                await asyncio.sleep(0)
+            time.sleep(0.2)  # meanwhile the thread notices, and drops the row
+            with pytest.raises(DeadlineExceededError, match=r"within 0\.02 seconds"):
+                await task
+        assert observed.rejections == ["deadline_exceeded"]
+
+    asyncio.run(scenario())
+
+
+def test_what_waited_too_long_does_not_run_even_when_its_loop_is_late(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), 0.001))
+            await asyncio.sleep(0)
+            while not observed.tokens:
+                time.sleep(0.01)  # the loop can take nothing out of the queue
+            while observed.depths[-1]:
+                time.sleep(0.01)
+            await long
+            with pytest.raises(DeadlineExceededError):
+                await waiting
+        assert observed.batches == [(1, 1)]
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_failure_is_its_batch_s_alone(
     kit: EngineKit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,16 +377,55 @@ def test_drain_finishes_what_was_accepted_and_refuses_the_rest(kit: EngineKit) -
     asyncio.run(scenario())
 
 
+def test_drain_returns_at_once_where_nothing_runs(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        scheduler = Scheduler(kit.engine)
+        scheduler.start()
+        async with asyncio.timeout(10.0):
+            await scheduler.drain(60.0)
+            await scheduler.drain(60.0)
+
+    asyncio.run(scenario())
+
+
 def test_drain_past_its_grace_answers_what_is_left(kit: EngineKit) -> None:
     async def scenario() -> None:
         observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
+        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
             long = await start_long(kit, scheduler, observed)
+            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
+            await asyncio.sleep(0)
             await scheduler.drain(0.01)
-            with pytest.raises(NotReadyError):
-                await long
+            for task in (long, waiting):
+                with pytest.raises(NotReadyError, match="shutting down"):
+                    await task
+        assert len(observed.batches) == 1
+        assert observed.depths[-1] == 0
+        assert observed.tokens == 0
 
     asyncio.run(scenario())
+
+
+def test_drain_does_not_wait_for_a_step_that_hangs(kit: EngineKit) -> None:
+    go_on = threading.Event()
+    hook = kit.base.model.register_forward_pre_hook(lambda *_: not go_on.wait(30.0))
+
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            hanging = await start_long(kit, scheduler, observed)
+            started = time.monotonic()
+            await scheduler.drain(0.1)
+            with pytest.raises(NotReadyError):
+                await hanging
+            assert time.monotonic() - started < 5.0
+            go_on.set()
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        go_on.set()
+        hook.remove()
 
 
 def test_limits_out_of_range_and_a_scheduler_that_was_not_started(kit: EngineKit) -> None:
