@@ -75,6 +75,7 @@ class AdaptedLinear(nn.Module):
         like = base.weight
         self.few_dtype = choose_few_dtype(like)
         self.group: DecodeGroup | None = None
+        self.position = 0  # in the group
         for name, scale in (("A", 1.0), ("B", self.layout.scaling)):
             frozen = bases.tensors.get((module.path, name))
             if frozen is not None:  # the scaling is folded into B where B is frozen
@@ -90,8 +91,10 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "leading *tokens in_features"]) -> Tensor:
         """Base output plus the update of each row's adapter."""
         vectors = self.rows.vectors
-        if vectors is not None and self.group is not None and self.group.applies(self, x, vectors):
-            return self.group.compute(self, x)
+        if vectors is not None and self.group is not None:
+            together = self.group.compute(self, x, vectors)
+            if together is not None:
+                return together
         y = functional.linear(x, self.base.weight, self.base.bias)
         if vectors is None:
             return y
@@ -152,62 +155,56 @@ class DecodeGroup:
 
     def __init__(self, rows: AdapterRows, modules: Sequence[AdaptedLinear]) -> None:
         self._rows = rows
-        self._leader = modules[0]
-        self._few_dtype = self._leader.few_dtype
         self._keys = [(module.module.path, "core") for module in modules]
-        base = self._leader.base
+        self._few_dtype = modules[0].few_dtype
+        base = modules[0].base
         down = torch.cat([module.frozen_a for module in modules], dim=1).T  # [n * r, in]
         self._extended = torch.cat([base.weight, down.to(base.weight.dtype)])  # [out + n * r, in]
         base.weight = nn.Parameter(self._extended[: base.out_features], requires_grad=False)
         up = [module.frozen_b for module in modules]
         self._up: Tensor = torch.block_diag(*up)  # type: ignore[no-untyped-call]  # [n * r, outs]
-        self._sizes = [module.module.out_features for module in modules]
-        self._followers = [module.module.path for module in modules[1:]]
-        self._cores: Float[Tensor, "rows_n r r"] | None = None  # transposed
-        self._cores_of: Tensor | None = None
+        self._spans: list[slice] = []
+        for position, module in enumerate(modules):
+            start = self._spans[-1].stop if self._spans else 0
+            self._spans.append(slice(start, start + module.module.out_features))
+            module.group, module.position = self, position
+        self._vectors: Tensor | None = None
+        self._cores: Float[Tensor, "rows_n r r"] | None = None  # R^T; None: not for these rows
         self._input: Tensor | None = None
-        self._parts: dict[str, Tensor] = {}
+        self._updates: Float[Tensor, "rows outs"] | None = None
 
-    def applies(self, module: AdaptedLinear, x: Tensor, vectors: Tensor) -> bool:
-        """Whether the group computes this module's output: a decode step without gradients."""
-        if module is not self._leader:
-            return self._input is x and module.module.path in self._parts
-        return (
-            x.ndim == 3
-            and x.shape[1] == 1
-            and 1 < vectors.shape[0] == x.shape[0] <= FEW_TOKENS
-            and vectors.dtype == self._few_dtype
-            and not torch.is_grad_enabled()
-        )
+    def compute(self, module: AdaptedLinear, x: Tensor, vectors: Tensor) -> Tensor | None:
+        """A module's output `[rows, 1, out]`, its update included.
 
-    def compute(
-        self, module: AdaptedLinear, x: Float[Tensor, "rows 1 in"]
-    ) -> Float[Tensor, "rows 1 out"]:
-        """Output of a module, its update included; a follower's part is handed out once."""
-        if module is not self._leader:
-            part = self._parts.pop(module.module.path)
-            if not self._parts:
+        None where this is no decode step without gradients with an adapter for every row, or
+        where the group's first module was given another input.
+        """
+        if vectors is not self._vectors:
+            self._stack_cores(vectors)
+        if module.position > 0:
+            if x is not self._input or self._updates is None:
+                return None
+            part = self._updates[:, None, self._spans[module.position]]
+            if module.position == len(self._spans) - 1:
                 self._input = None
-            return functional.linear(x, module.base.weight).add_(part[:, None])
+            return functional.linear(x, module.base.weight).add_(part)
+        cores, rows = self._cores, vectors.shape[0]
+        if cores is None or x.shape[:-1] != (rows, 1) or torch.is_grad_enabled():
+            return None
         y = functional.linear(x, self._extended)  # [rows, 1, out + n * r]
-        size = self._sizes[0]
-        cores = self._gather_cores()
-        hidden = _cast(y[:, 0, size:], self._few_dtype).reshape(-1, 1, cores.shape[-1])
-        hidden = torch.bmm(hidden, cores).view(x.shape[0], -1)  # [rows, n * r]
-        updates = torch.mm(hidden, self._up).to(x.dtype)  # [rows, outs]
-        first, *others = torch.split(updates, self._sizes, dim=1)
-        if others:
-            self._input = x
-            self._parts = dict(zip(self._followers, others, strict=True))
-        return y[..., :size] + first[:, None]
+        size = self._spans[0].stop
+        hidden = y[:, 0, size:].to(self._few_dtype).reshape(-1, 1, cores.shape[-1])
+        hidden = torch.bmm(hidden, cores).view(rows, -1)  # [rows, n * r]
+        self._updates = torch.mm(hidden, self._up).to(x.dtype)
+        self._input = x if len(self._spans) > 1 else None
+        return y[..., :size] + self._updates[:, None, :size]
 
-    def _gather_cores(self) -> Float[Tensor, "rows_n r r"]:
-        """`R^T` of every row and module, stacked once per assignment of `rows.vectors`."""
-        if self._cores is None or self._cores_of is not self._rows.vectors:
+    def _stack_cores(self, vectors: Tensor) -> None:
+        """`R^T` of every row and module, once per assignment of `rows.vectors`."""
+        self._vectors, self._cores, self._input = vectors, None, None
+        if 1 < vectors.shape[0] <= FEW_TOKENS and vectors.dtype == self._few_dtype:
             cores = [self._rows.tensors[key].mT for key in self._keys]
             self._cores = torch.stack(cores, dim=1).flatten(0, 1)
-            self._cores_of = self._rows.vectors
-        return self._cores
 
 
 class Attachment:
@@ -238,9 +235,7 @@ class Attachment:
             names = [f"{parent}.{each}" if parent else each for each in alike]
             modules = [left.pop(name) for name in names if name in left]
             if modules and all(module.base.bias is None for module in modules):
-                group = DecodeGroup(self.rows, modules)
-                for module in modules:
-                    module.group = group
+                DecodeGroup(self.rows, modules)
 
     def detach(self, model: nn.Module) -> None:
         """Puts the original linears back."""
