@@ -163,15 +163,16 @@ class DecodeGroup:
         base.weight = nn.Parameter(self._extended[: base.out_features], requires_grad=False)
         up = [module.frozen_b for module in modules]
         self._up: Tensor = torch.block_diag(*up)  # type: ignore[no-untyped-call]  # [n * r, outs]
-        self._spans: list[slice] = []
+        self._weights = [module.base.weight for module in modules]
+        self._spans: list[tuple[int, int]] = []  # (start, length) of each module's update
         for position, module in enumerate(modules):
-            start = self._spans[-1].stop if self._spans else 0
-            self._spans.append(slice(start, start + module.module.out_features))
+            start = sum(self._spans[-1]) if self._spans else 0
+            self._spans.append((start, module.module.out_features))
             module.group, module.position = self, position
         self._vectors: Tensor | None = None
         self._cores: Float[Tensor, "rows_n r r"] | None = None  # R^T; None: not for these rows
         self._input: Tensor | None = None
-        self._updates: Float[Tensor, "rows outs"] | None = None
+        self._updates: Float[Tensor, "rows 1 outs"] | None = None
 
     def compute(self, module: AdaptedLinear, x: Tensor, vectors: Tensor) -> Tensor | None:
         """A module's output `[rows, 1, out]`, its update included.
@@ -184,20 +185,22 @@ class DecodeGroup:
         if module.position > 0:
             if x is not self._input or self._updates is None:
                 return None
-            part = self._updates[:, None, self._spans[module.position]]
+            part = self._updates.narrow(2, *self._spans[module.position])
             if module.position == len(self._spans) - 1:
                 self._input = None
-            return functional.linear(x, module.base.weight).add_(part)
-        cores, rows = self._cores, vectors.shape[0]
-        if cores is None or x.shape[:-1] != (rows, 1) or torch.is_grad_enabled():
+            return functional.linear(x, self._weights[module.position]).add_(part)
+        cores, size = self._cores, x.shape
+        if cores is None or len(size) != 3 or size[0] != vectors.shape[0] or size[1] != 1:
+            return None
+        if torch.is_grad_enabled():
             return None
         y = functional.linear(x, self._extended)  # [rows, 1, out + n * r]
-        size = self._spans[0].stop
-        hidden = y[:, 0, size:].to(self._few_dtype).reshape(-1, 1, cores.shape[-1])
-        hidden = torch.bmm(hidden, cores).view(rows, -1)  # [rows, n * r]
-        self._updates = torch.mm(hidden, self._up).to(x.dtype)
+        start, out = self._spans[0]
+        hidden = y.narrow(2, out, self._up.shape[0]).to(self._few_dtype).contiguous()
+        hidden = torch.bmm(hidden.view(-1, 1, cores.shape[-1]), cores).view(size[0], -1)
+        self._updates = torch.mm(hidden, self._up).to(x.dtype).unsqueeze(1)  # [rows, 1, outs]
         self._input = x if len(self._spans) > 1 else None
-        return y[..., :size] + self._updates[:, None, :size]
+        return y.narrow(2, start, out) + self._updates.narrow(2, start, out)
 
     def _stack_cores(self, vectors: Tensor) -> None:
         """`R^T` of every row and module, once per assignment of `rows.vectors`."""

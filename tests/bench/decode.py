@@ -13,8 +13,8 @@ from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
 
 ROWS = 16
-TOKENS = 48
-REPEATS = 7
+TOKENS = 32
+REPEATS = 21
 PROMPT = "The committee met on Tuesday to discuss the"
 
 
