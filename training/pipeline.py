@@ -169,7 +169,7 @@ class Pipeline:
             provenance={
                 "recipe": recipe.model_dump(mode="json"),
                 "recipe_digest": recipe.digest,
-                "commit": _current_commit(),
+                "commit": describe_commit(),
             },
         )
 
@@ -181,7 +181,7 @@ class Pipeline:
         return self.make_bundle()
 
 
-def _current_commit() -> str:
+def describe_commit() -> str:
     """Commit of the code that runs, `unknown` outside a checkout, `+` where it is modified."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:

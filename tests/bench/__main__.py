@@ -22,6 +22,7 @@ from service.demo import find_free_port, post_json, running_service
 from tests.bench.decode import measure_decode
 from training.checkpoint import write_text
 from training.evaluation.report import describe_hardware
+from training.pipeline import describe_commit
 
 COLD_REQUESTS = 120
 CACHED_REQUESTS = 200
@@ -62,6 +63,7 @@ def main() -> int:
     print("\n".join(row.render() for row in rows))
     if arguments.out:
         document = {
+            "commit": describe_commit(),
             "hardware": describe_hardware(),
             "measurements": [{**asdict(row), "met": row.met} for row in rows],
         }
