@@ -1,5 +1,7 @@
 """`icm-lora demo`: a task in words becomes an adapter, seen from outside over HTTP."""
 
+import base64
+import io
 import json
 import os
 import socket
@@ -10,19 +12,28 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from service.errors import NotReadyError
+
+DETECTION_TASK = "Spot the sofas in this scene."
+DETECTION_IMAGE = Path(__file__).parent / "bundles" / "detection-embedded" / "example.png"
+DETECTION_OUT = Path("runs") / "demo" / "detection.png"
 
 TASK = "Carry on the way a cookbook would."
 PROMPT = "Grandmother's apple pie\n\n"
 MAX_TOKENS = 60
+SHOWN_SCORE = 0.3
 START_TIMEOUT_SECONDS = 300
 SHOWN_METRICS = (
     "icm_lora_adapters_generated_total",
     "icm_lora_cache_lookups_total",
     "icm_lora_slots",
     "icm_lora_generated_tokens_total",
+    "icm_lora_detected_boxes_total",
 )
 
 
@@ -43,11 +54,38 @@ def run_demo() -> int:
             tokens = answer["usage"]["completion_tokens"]
             print(f"\n{tokens} tokens in {seconds:.2f} s; receipt:")
             _print_fields(answer["receipt"])
+        _show_detection(url)
         _print_heading("GET /metrics")
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
         print("\n".join(line for line in lines if line.startswith(SHOWN_METRICS)))
     return 0
+
+
+def _show_detection(url: str) -> None:
+    """The same picture before and after: base model, then the adapter of a task in words."""
+    image = base64.b64encode(DETECTION_IMAGE.read_bytes()).decode()
+    pictures = []
+    requests: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("adapter_id base", {"adapter_id": "base", "prompt": DETECTION_TASK}),
+        (f"task {DETECTION_TASK!r}", {"task": DETECTION_TASK}),
+    )
+    for title, request in requests:
+        _print_heading(f"POST /infer  {title}  image {DETECTION_IMAGE.name}")
+        body = {**request, "image": image, "render": True, "score_threshold": SHOWN_SCORE}
+        answer = post_json(url, "/infer", body)
+        for found in answer["boxes"]:
+            print(f"  {found['label']:<12} {found['score']:.2f}  {found['box']}")
+        print(f"{len(answer['boxes'])} boxes in {answer['milliseconds']['total']:.0f} ms; receipt:")
+        _print_fields(answer["receipt"])
+        pictures.append(Image.open(io.BytesIO(base64.b64decode(answer["rendered_png"]))))
+    width, height = pictures[0].size
+    both = Image.new("RGB", (2 * width + 8, height), "white")
+    for column, picture in enumerate(pictures):
+        both.paste(picture, (column * (width + 8), 0))
+    DETECTION_OUT.parent.mkdir(parents=True, exist_ok=True)
+    both.save(DETECTION_OUT)
+    print(f"before and after: {DETECTION_OUT}")
 
 
 def find_free_port() -> int:

@@ -3,7 +3,9 @@
     IcmLoraError (500 internal_error)
     ├── InvalidInputError (422 invalid_input)            a value the caller sent or wrote in a file
     │   ├── InvalidRecipeError (422 invalid_recipe)      a training recipe: unknown key, wrong type
-    │   └── InvalidTaskDataError (422 invalid_task_data) a task's documents or wordings
+    │   ├── InvalidTaskDataError (422 invalid_task_data) a task's documents or wordings
+    │   ├── InvalidImageError (422 invalid_image)        an image that cannot or may not be read
+    │   └── WrongModalityError (422 wrong_modality)      an image for a text adapter, or the reverse
     ├── InvalidBundleError (500 invalid_bundle)          a bundle on disk cannot be trusted
     │   ├── BaseModelMismatchError (500 base_model_mismatch)
     │   └── TaskEncoderMismatchError (500 task_encoder_mismatch)
@@ -62,6 +64,28 @@ class InvalidTaskDataError(InvalidInputError):
 
     code = "invalid_task_data"
     title = "Invalid task data"
+
+
+class InvalidImageError(InvalidInputError):
+    """An image is of another format, broken, animated or too large.
+
+    Attributes:
+        reason: one of a few words, for metrics.
+    """
+
+    code = "invalid_image"
+    title = "Invalid image"
+
+    def __init__(self, detail: str, reason: str = "broken") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class WrongModalityError(InvalidInputError):
+    """The adapter, or the service, answers another kind of request: text, or images."""
+
+    code = "wrong_modality"
+    title = "Wrong modality"
 
 
 class InvalidBundleError(IcmLoraError):

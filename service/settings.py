@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import InvalidInputError
 
 ENV_PREFIX = "ICM_LORA_"
 
-_EMBEDDED_BUNDLE = Path(__file__).parent / "bundles" / "text-smollm2"
+_NOTHING = "none"
+_BUNDLES = Path(__file__).parent / "bundles"
+_EMBEDDED_BUNDLE = _BUNDLES / "text-smollm2"
+_EMBEDDED_DETECTION_BUNDLE = _BUNDLES / "detection-embedded"
 
 
 def _unit(name: str) -> dict[str, str]:
@@ -24,7 +27,7 @@ class Settings(BaseSettings):
     """Everything that an operator may change, each as `ICM_LORA_<NAME>`.
 
     The defaults serve the embedded bundle on the embedded base model, without Redis.
-    Limits on a request's fields are constants of `service.api.schemas`, because they are
+    Limits on a request's fields are constants of `service.api.requests`, because they are
     part of the published API.
     """
 
@@ -53,9 +56,10 @@ class Settings(BaseSettings):
         Field(description="Least severe log line written.", json_schema_extra=_unit("level")),
     ] = "info"
     bundle: Annotated[
-        Path,
+        Path | None,
         Field(
-            description="Folder of the generator bundle to serve; the default ships with the code.",
+            description="Folder of the generator bundle for text; the default ships with the "
+            "code. `none`: no text.",
             json_schema_extra=_unit("path"),
         ),
     ] = _EMBEDDED_BUNDLE
@@ -64,6 +68,21 @@ class Settings(BaseSettings):
         Field(
             description="Base model (`embedded:...`, folder or hub id); unset: the one that the "
             "bundle names. Its digest must match the bundle's.",
+            json_schema_extra=_unit("reference"),
+        ),
+    ] = None
+    detection_bundle: Annotated[
+        Path | None,
+        Field(
+            description="Folder of the generator bundle for detection in images; the default "
+            "is served where it is there. `none` or empty: no detection.",
+            json_schema_extra=_unit("path"),
+        ),
+    ] = _EMBEDDED_DETECTION_BUNDLE
+    detection_base: Annotated[
+        str | None,
+        Field(
+            description="Base model of the detection bundle, as `ICM_LORA_BASE`.",
             json_schema_extra=_unit("reference"),
         ),
     ] = None
@@ -143,7 +162,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="Adapters resident beside the base model, ready to answer.",
+            description="Adapters resident beside each base model, ready to answer.",
             json_schema_extra=_unit("slots"),
         ),
     ] = 256
@@ -196,6 +215,23 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("bytes"),
         ),
     ] = 262_144
+    max_image_bytes: Annotated[
+        int,
+        Field(
+            ge=1024,
+            description="Largest request body of the routes that take images, `/infer` and "
+            "`/generate-lora`; base64 makes a file a third larger.",
+            json_schema_extra=_unit("bytes"),
+        ),
+    ] = 12_582_912
+    max_image_pixels: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most pixels of an image, and of all images of one request.",
+            json_schema_extra=_unit("pixels"),
+        ),
+    ] = 25_000_000
     shutdown_delay_seconds: Annotated[
         float,
         Field(
@@ -214,6 +250,25 @@ class Settings(BaseSettings):
         ),
     ] = 20.0
 
+    @field_validator("bundle", "detection_bundle", mode="before")
+    @classmethod
+    def _read_nothing(cls, value: object) -> object:
+        return None if isinstance(value, str) and value.lower() in ("", _NOTHING) else value
+
+    @field_validator("detection_bundle")
+    @classmethod
+    def _find_shipped(cls, value: Path | None) -> Path | None:
+        return None if value == _EMBEDDED_DETECTION_BUNDLE and not value.is_dir() else value
+
+    @model_validator(mode="after")
+    def _check_something_to_serve(self) -> "Settings":
+        if self.bundle is None and self.detection_bundle is None:
+            raise ValueError(
+                f"nothing to serve: name a bundle in {ENV_PREFIX}BUNDLE or "
+                f"{ENV_PREFIX}DETECTION_BUNDLE"
+            )
+        return self
+
 
 def read_settings() -> Settings:
     """Reads the environment.
@@ -225,10 +280,14 @@ def read_settings() -> Settings:
     """
     _refuse_unknown(os.environ)
     try:
-        return Settings()
+        # An empty value means the default, but here there is something to turn off.
+        turned_off = os.environ.get(f"{ENV_PREFIX}DETECTION_BUNDLE") == ""
+        return Settings(detection_bundle=None) if turned_off else Settings()
     except ValidationError as error:
         problems = [
-            f"{ENV_PREFIX}{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            f"{ENV_PREFIX}{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            if item["loc"]
+            else item["msg"]
             for item in error.errors(include_url=False, include_input=False)
         ]
         raise InvalidInputError("; ".join(problems)) from None

@@ -20,5 +20,6 @@ install_import_hook(
 pytest_plugins = [
     "tests.fixtures.redis_server",
     "tests.fixtures.tiny_bundle",
+    "tests.fixtures.tiny_detection_bundle",
     "tests.fixtures.tiny_open_clip",
 ]

@@ -10,6 +10,7 @@ from service.settings import render_settings_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "training" / "results" / "text-smollm2"
+DETECTION_RESULTS = ROOT / "training" / "results" / "detection-embedded"
 
 
 def render_blocks() -> dict[str, str]:
@@ -18,6 +19,7 @@ def render_blocks() -> dict[str, str]:
     return {
         "demo": f"```\n{transcript}\n```",
         "results": (RESULTS / "evaluation.md").read_text().strip(),
+        "detection": (DETECTION_RESULTS / "evaluation.md").read_text().strip(),
         "bench": _render_bench(json.loads((RESULTS / "bench.json").read_text())),
         "settings": render_settings_table().strip(),
     }

@@ -22,6 +22,9 @@ from training.recipe import FinetuneSection
 StepReport = Callable[[int, float], None]
 """Called after every optimiser step with (steps done, training loss in nats per token)."""
 
+MeasureLoss = Callable[[Tensor], Tensor]
+"""Scalar loss of the training examples with the given numbers, under the attached adapter."""
+
 
 def tokenize_documents(base: BaseModel, documents: Sequence[str]) -> Int[Tensor, " num_tokens"]:
     """All documents as one token stream, an end-of-text token after each."""
@@ -65,7 +68,7 @@ def measure_nll(
 def fine_tune(
     base: BaseModel,
     attachment: Attachment,
-    windows: Int[Tensor, "num_windows window_tokens"],
+    measure_loss: MeasureLoss,
     recipe: FinetuneSection,
     *,
     seed: int,
@@ -74,15 +77,16 @@ def fine_tune(
 ) -> Float[Tensor, "keep_last num_params"]:
     """Trains one adapter vector with AdamW and returns its late checkpoints.
 
-    The order of windows follows from (seed, epoch) alone, so a run that is killed and resumed
+    The order of examples follows from (seed, epoch) alone, so a run that is killed and resumed
     from `state_path` gives the same bytes as one that is not.
 
     Args:
         base: frozen base, already wrapped by `attachment`.
-        attachment: where the trained vector is put, as the single row for all windows.
-        windows: the task's training windows; an epoch passes over each once.
+        attachment: where the trained vector is put, as the single row for all examples.
+        measure_loss: of a batch of the task's `recipe.num_windows` training examples, named by
+            their numbers; an epoch passes over each once.
         recipe: steps, learning rate, checkpoints.
-        seed: of the initial vector and of the order of windows.
+        seed: of the initial vector and of the order of examples.
         state_path: resumable state, removed by the caller once the result is safe.
         report: called after every step.
     """
@@ -101,11 +105,11 @@ def fine_tune(
     for step in range(first_step, recipe.num_steps):
         epoch, position = divmod(step, recipe.steps_per_epoch)
         order = _epoch_order(recipe.num_windows, seed, epoch)
-        batch = windows[order[position * recipe.batch_size :][: recipe.batch_size]]
+        batch = order[position * recipe.batch_size :][: recipe.batch_size]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe)
         attachment.rows.vectors = vector[None].to(base.dtype)  # [1, num_params]
-        loss = measure_nll(base, batch).mean()
+        loss = measure_loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,6 +131,6 @@ def learning_rate_at(step: int, recipe: FinetuneSection) -> float:
     return recipe.learning_rate * warm * cosine
 
 
-def _epoch_order(num_windows: int, seed: int, epoch: int) -> Tensor:
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_windows, generator=generator)
+    return torch.randperm(num_examples, generator=generator)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from service.errors import IcmLoraError, InvalidInputError
 
 if TYPE_CHECKING:
-    from training.evaluation.text import TaskResult
     from training.pipeline import Pipeline
 
-REPOSITORY_BUNDLE = Path(__file__).parents[1] / "service" / "bundles" / "text-smollm2"
+BUNDLES_DIR = Path(__file__).parents[1] / "service" / "bundles"
+REPOSITORY_BUNDLE = BUNDLES_DIR / "text-smollm2"
+SUITE_BUNDLES = {"text": REPOSITORY_BUNDLE, "detection": BUNDLES_DIR / "detection-embedded"}
 RESULTS_DIR = Path(__file__).parent / "results"
 
 Command = Callable[[argparse.Namespace], int]
@@ -51,8 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = add("prepare", _prepare, "write an embedded base model into the cache (once)")
     prepare.add_argument("--base", default="embedded:smollm2-135m-instruct", metavar="REFERENCE")
 
-    data = add("data", _data, "fetch and prepare the twelve text domains (once)")
-    data.add_argument("names", nargs="*", metavar="DOMAIN", help="all where none is named")
+    data = add("data", _data, "fetch and prepare the data of the shipped bundles (once)")
+    data.add_argument(
+        "names", nargs="*", metavar="NAME", help="text domains, or `composites`; default: domains"
+    )
 
     train = add("train", _train, "run all stages of a recipe; resumes where it was stopped")
     train.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
@@ -68,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="--dry-run: sustained floating-point operations per second (default 3e11)",
     )
     for name, stage, text in (
+        ("base", _base, "stage 0: train the embedded detector, where the recipe has one"),
         ("adapters", _adapters, "stage 1: fine-tune one adapter per task (may run in parallel)"),
         ("vectors", _vectors, "stage 2: encode the task descriptions"),
         ("generator", _generator, "stage 3: train the conditional VAE"),
@@ -88,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect_bundle)
 
     evaluate = add("evaluate", _evaluate, "score a bundle on held-out data")
-    evaluate.add_argument("--suite", choices=["text"], default="text")
-    evaluate.add_argument("--bundle", type=Path, default=REPOSITORY_BUNDLE)
+    evaluate.add_argument("--suite", choices=sorted(SUITE_BUNDLES), default="text")
+    evaluate.add_argument("--bundle", type=Path, help="default: the shipped one of the suite")
     evaluate.add_argument(
         "--own",
         type=Path,
@@ -97,12 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="own adapters to compare with (default: the committed ones of the bundle)",
     )
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="a subset of the tasks")
-    evaluate.add_argument("--windows", type=int, default=200, help="windows per task")
-    evaluate.add_argument("--window-tokens", type=int, default=65, help="tokens per window")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the choice of windows")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write JSON, table, figure")
+    evaluate.add_argument("--windows", type=int, default=200, help="text: windows per task")
+    evaluate.add_argument("--window-tokens", type=int, default=65, help="text: tokens per window")
+    evaluate.add_argument("--seed", type=int, default=0, help="text: of the choice of windows")
     evaluate.add_argument(
-        "--check", action="store_true", help="fail where generated PPL > 1.01 x own on a task"
+        "--scenes", type=int, metavar="N", help="detection: the first N test scenes (default: all)"
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write JSON, tables, figures")
+    evaluate.add_argument(
+        "--check", action="store_true", help="fail where a target of the suite is missed"
     )
     _add_threads(evaluate)
 
@@ -133,9 +140,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    from training.tasks.composites import load_composites
     from training.tasks.text_domains import prepare_domains
 
-    prepare_domains(names=arguments.names or None)
+    names = list(arguments.names)
+    if "composites" in names:
+        names.remove("composites")
+        load_composites()
+        if not names:
+            return 0
+    prepare_domains(names=names or None)
     return 0
 
 
@@ -144,9 +158,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     recipe = read_recipe(arguments.recipe)
     if arguments.dry_run:
-        from training.estimate import estimate_recipe
+        from training.estimate import count_tasks, estimate_recipe
 
-        num_tasks = len(recipe.tasks.names or ()) or 12
+        num_tasks = count_tasks(recipe)
         print(estimate_recipe(recipe, num_tasks).render(arguments.flops, num_tasks))
         return 0
     if arguments.out is None:
@@ -162,6 +176,11 @@ def _open_pipeline(arguments: argparse.Namespace) -> "Pipeline":
     from training.run_dir import RunDir
 
     return Pipeline(RunDir.open(arguments.out, read_recipe(arguments.recipe)))
+
+
+def _base(arguments: argparse.Namespace) -> int:
+    _open_pipeline(arguments).train_base()
+    return 0
 
 
 def _adapters(arguments: argparse.Namespace) -> int:
@@ -192,7 +211,8 @@ def _inspect_bundle(arguments: argparse.Namespace) -> int:
     from service.synthesis.bundle import read_bundle
 
     bundle = read_bundle(arguments.bundle)
-    size = sum(path.stat().st_size for path in arguments.bundle.iterdir())
+    files = [path for path in arguments.bundle.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
     layout = bundle.layout
     rows = [
         ("name", f"{bundle.name} {bundle.version} ({bundle.modality})"),
@@ -213,64 +233,36 @@ def _inspect_bundle(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from service.inference.base_model import load_base_model
     from service.synthesis.synthesizer import load_synthesizer
-    from training.checkpoint import read_tensors
-    from training.evaluation.report import render_table, write_report
-    from training.evaluation.text import GIBBERISH, METHODS, evaluate_text
-    from training.progress import show_progress
-    from training.recipe import Recipe
-    from training.tasks.cache import default_cache_dir
-    from training.tasks.text import load_text_tasks
+    from training.evaluation.run import evaluate_detection_bundle, evaluate_text_bundle
 
-    synthesizer = load_synthesizer(arguments.bundle)
+    synthesizer = load_synthesizer(arguments.bundle or SUITE_BUNDLES[arguments.suite])
     bundle = synthesizer.bundle
+    if bundle.modality != arguments.suite:
+        raise InvalidInputError(f"bundle {bundle.name} is for --suite {bundle.modality}")
     own_path = arguments.own or RESULTS_DIR / bundle.name / "own_adapters.safetensors"
     if not own_path.exists():
         raise InvalidInputError(f"no own adapters in {own_path}: name them with --own FILE")
-    recipe = Recipe.model_validate(bundle.provenance["recipe"])
     names = arguments.tasks or [task.name for task in bundle.tasks]
-    tasks = load_text_tasks(recipe.tasks.source, names)
-    own, _ = read_tensors(own_path)
-    base = load_base_model(
-        bundle.base_reference, dtype=recipe.base.dtype, cache_dir=default_cache_dir()
-    )
-    with show_progress("evaluate", len(tasks) * len(METHODS)) as report:
-        results = evaluate_text(
+    if arguments.suite == "detection":
+        missed = evaluate_detection_bundle(
+            synthesizer, own_path, names, num_scenes=arguments.scenes, out=arguments.out
+        )
+    else:
+        missed = evaluate_text_bundle(
             synthesizer,
-            own,
-            base,
-            tasks,
+            own_path,
+            names,
             num_windows=arguments.windows,
             window_tokens=arguments.window_tokens,
             seed=arguments.seed,
-            report=report,
+            out=arguments.out,
         )
-    print(render_table(results))
-    if arguments.out is not None:
-        settings = {
-            "suite": arguments.suite,
-            "num_windows": arguments.windows,
-            "window_tokens": arguments.window_tokens,
-            "seed": arguments.seed,
-            "dtype": recipe.base.dtype,
-            "gibberish": GIBBERISH,
-        }
-        write_report(arguments.out, results, bundle, settings)
-    return _check_ratios(results) if arguments.check else 0
-
-
-def _check_ratios(results: "Sequence[TaskResult]") -> int:
-    from training.evaluation.text import MAX_PPL_RATIO
-
-    missed = [r for r in results if r.ppl_ratio.value > MAX_PPL_RATIO]
-    for result in missed:
-        print(
-            f"MISSED {result.name}: generated / own = {result.ppl_ratio.value:.4f} "
-            f"> {MAX_PPL_RATIO}",
-            file=sys.stderr,
-        )
-    print(f"check: {len(results) - len(missed)} of {len(results)} tasks within {MAX_PPL_RATIO}")
+    if not arguments.check:
+        return 0
+    for line in missed:
+        print(f"MISSED {line}", file=sys.stderr)
+    print(f"check: {len(missed)} targets missed for {len(names)} tasks")
     return 1 if missed else 0
 
 

@@ -35,10 +35,13 @@ def configure_generator(recipe: Recipe, condition_dim: int, num_tasks: int) -> G
     )
 
 
-def build_generator(layout: AdapterLayout, recipe: Recipe, vectors: TaskVectors) -> ConditionalVAE:
-    """The untrained networks, initialised from the recipe's seed and the task vectors."""
+def build_generator(
+    layout: AdapterLayout, recipe: Recipe, vectors: TaskVectors, seed: int | None = None
+) -> ConditionalVAE:
+    """The untrained networks, initialised from a seed (the recipe's) and the task vectors."""
+    seed = recipe.seed if seed is None else seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(seed)
         config = configure_generator(recipe, vectors.dim, vectors.num_tasks)
         model = ConditionalVAE(layout, config)
     if isinstance(model.decoder, TokenDecoder):
@@ -52,16 +55,18 @@ def train_generator(
     layout: AdapterLayout,
     checkpoints: Mapping[str, Float[Tensor, "checkpoints num_params"]],
     vectors: TaskVectors,
+    seed: int | None = None,
 ) -> ConditionalVAE:
     """Trains on pairs (late checkpoint, task vector of a random wording) and saves the result.
 
-    An epoch passes once over all checkpoints of all tasks. Order, wordings and noise follow
-    from (seed, step) alone: a killed run resumes to the same bytes.
+    An epoch passes once over all checkpoints of all tasks. Weights, order, wordings and noise
+    follow from (seed, step) alone: a killed run resumes to the same bytes.
     """
     recipe = run.recipe
+    seed = recipe.seed if seed is None else seed
     section = recipe.generator
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_generator(layout, recipe, vectors).to(device)
+    model = build_generator(layout, recipe, vectors, seed).to(device)
     normalizer = AdapterNormalizer.fit(layout, checkpoints)
     adapters = normalizer.normalize(torch.cat(list(checkpoints.values()))).to(device)
     tasks = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(checkpoints.values())])
@@ -70,21 +75,20 @@ def train_generator(
     )
     steps_per_epoch = math.ceil(len(adapters) / section.batch_size)
     num_steps = section.epochs * steps_per_epoch
-    state_path = run.state("generator")
+    path = run.seeded_generator(seed)
+    state_path = run.state(path.stem)
     first_step = 0
     if state_path.exists():
         tensors, metadata = read_tensors(state_path)
         model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
         restore_optimizer(optimizer, tensors)
         first_step = int(metadata["step"])
-    with track_job(run, "generator", num_steps, every=20) as report:
+    with track_job(run, path.stem, num_steps, every=20) as report:
         for step in range(first_step, num_steps):
             epoch, position = divmod(step, steps_per_epoch)
-            order = torch.randperm(
-                len(adapters), generator=_generator(recipe.seed, epoch, stream=0)
-            )
+            order = torch.randperm(len(adapters), generator=_generator(seed, epoch, stream=0))
             chosen = order[position * section.batch_size :][: section.batch_size]
-            noise = _generator(recipe.seed, step, stream=1)
+            noise = _generator(seed, step, stream=1)
             condition = _draw_wordings(vectors, tasks[chosen], section.wording_noise, noise)
             eps = torch.randn(len(chosen), section.latent_dim, generator=noise)
             for group in optimizer.param_groups:
@@ -103,7 +107,7 @@ def train_generator(
                 state = {**model.state_dict(), **optimizer_tensors(optimizer)}
                 write_tensors(state_path, state, {"step": str(step + 1)})
             report(step + 1, mse=objective.reconstruction.item(), kl=objective.kl.item())
-    write_tensors(run.generator, model.state_dict())
+    write_tensors(path, model.state_dict())
     state_path.unlink(missing_ok=True)
     return model
 

@@ -1,9 +1,11 @@
 """The stages of a run, each resumable: adapters, task vectors, generator, bundle."""
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,16 +16,28 @@ from service.inference.base_model import BaseModel, load_base_model
 from service.synthesis.attachment import Attachment
 from service.synthesis.bases import AdapterBases
 from service.synthesis.bundle import Bundle, BundleTask, write_bundle
+from service.synthesis.cvae import ConditionalVAE
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
-from service.synthesis.synthesizer import VECTOR_DTYPE
-from training.adapters import cut_windows, fine_tune, tokenize_documents
+from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, build_synthesizer
+from training.adapters import (
+    MeasureLoss,
+    cut_windows,
+    fine_tune,
+    measure_nll,
+    tokenize_documents,
+)
 from training.checkpoint import read_tensors, write_tensors
+from training.detection_examples import build_detection_loss
+from training.detector import train_detector
 from training.generator import build_generator, train_generator
 from training.progress import track_job
 from training.run_dir import RunDir
-from training.task_vectors import TaskVectors, encode_tasks, encoder_spec
+from training.task_vectors import AnyTask, TaskVectors, encode_tasks, encoder_spec
 from training.tasks.cache import default_cache_dir
+from training.tasks.composites import load_base_scenes, read_base_tasks
+from training.tasks.detection import load_detection_data
+from training.tasks.detection_task import DetectionData
 from training.tasks.text import TextTask, load_text_tasks
 
 
@@ -34,18 +48,54 @@ class Pipeline:
     run: RunDir
 
     @cached_property
-    def tasks(self) -> tuple[TextTask, ...]:
+    def tasks(self) -> tuple[AnyTask, ...]:
         """The recipe's tasks."""
+        if self.detection is not None:
+            return self.detection.tasks
         section = self.run.recipe.tasks
         return load_text_tasks(section.source, section.names)
+
+    @cached_property
+    def detection(self) -> DetectionData | None:
+        """Scenes of the recipe's tasks, where these are detection tasks."""
+        section = self.run.recipe.tasks
+        if self.run.recipe.detection is None:
+            return None
+        return load_detection_data(section.source, section.names)
 
     @cached_property
     def base(self) -> BaseModel:
         """The frozen base, not wrapped."""
         section = self.run.recipe.base
         return load_base_model(
-            section.reference, dtype=section.dtype, cache_dir=default_cache_dir()
+            section.reference,
+            dtype=section.dtype,
+            cache_dir=default_cache_dir(),
+            bundle_folder=self.run.root,
         )
+
+    def train_base(self) -> None:
+        """Trains the embedded detector, where the recipe has one."""
+        recipe = self.run.recipe
+        section = recipe.detector
+        if section is None or (self.run.base / "model.safetensors").exists():
+            return
+        with self.run.claim("detector") as mine:
+            if not mine:
+                raise InvalidRecipeError("another process is training the base of this run")
+            scenes = load_base_scenes(section.num_scenes)
+            tasks, wordings = read_base_tasks()
+            with track_job(self.run, "detector", section.num_steps, every=50) as report:
+                train_detector(
+                    self.run.base,
+                    scenes,
+                    tasks,
+                    wordings,
+                    section,
+                    seed=recipe.seed,
+                    state_path=self.run.state("detector"),
+                    report=report,
+                )
 
     @cached_property
     def bases(self) -> AdapterBases:
@@ -76,16 +126,15 @@ class Pipeline:
                     self._fine_tune_one(attachment, task, seed)
         attachment.detach(self.base.model)
 
-    def _fine_tune_one(self, attachment: Attachment, task: TextTask, seed: int) -> None:
+    def _fine_tune_one(self, attachment: Attachment, task: AnyTask, seed: int) -> None:
         section = self.run.recipe.finetune
-        tokens = tokenize_documents(self.base, task.train)
-        windows = cut_windows(tokens, section.num_windows, section.window_tokens, seed)
+        measure_loss = self._build_loss(task, seed)
         state = self.run.state(f"{task.name}.{seed}")
         with track_job(self.run, f"adapter {task.name}", section.num_steps) as report:
             checkpoints = fine_tune(
                 self.base,
                 attachment,
-                windows,
+                measure_loss,
                 section,
                 seed=self.run.recipe.seed + seed,
                 state_path=state,
@@ -94,6 +143,25 @@ class Pipeline:
         metadata = {"task": task.name, "seed": str(seed), "layout": self.bases.layout.digest}
         write_tensors(self.run.adapter(task.name, seed), {"checkpoints": checkpoints}, metadata)
         state.unlink(missing_ok=True)
+
+    def _build_loss(self, task: AnyTask, seed: int) -> MeasureLoss:
+        """Training loss of a task's examples, text or detection."""
+        recipe = self.run.recipe
+        if isinstance(task, TextTask):
+            section = recipe.finetune
+            tokens = tokenize_documents(self.base, task.train)
+            windows = cut_windows(tokens, section.num_windows, section.window_tokens, seed)
+            return lambda numbers: measure_nll(self.base, windows[numbers]).mean()
+        assert self.detection is not None
+        assert recipe.detection is not None
+        return build_detection_loss(
+            self.base,
+            task,
+            self.detection,
+            recipe.detection,
+            num_examples=recipe.finetune.num_windows,
+            seed=seed,
+        )
 
     def read_checkpoints(self) -> dict[str, Float[Tensor, "checkpoints num_params"]]:
         """Late checkpoints by task, all fine-tuning seeds together.
@@ -124,13 +192,21 @@ class Pipeline:
         return vectors
 
     def train_generator(self) -> None:
-        """Fits the normaliser and trains the conditional VAE over all tasks."""
-        if self.run.generator.exists():
+        """Fits the normaliser and trains the conditional VAE over all tasks, for each seed.
+
+        Several processes may share the seeds.
+        """
+        seeds = self.run.recipe.generator_seeds
+        missing = [seed for seed in seeds if not self.run.seeded_generator(seed).exists()]
+        if not missing:
             return
         vectors = self.encode_task_vectors()
         checkpoints = self.read_checkpoints()
-        layout = self.bases.layout
-        train_generator(self.run, layout, checkpoints, vectors)
+        for seed in missing:
+            name = self.run.seeded_generator(seed).stem
+            with self.run.claim(name) as mine:
+                if mine and not self.run.seeded_generator(seed).exists():
+                    train_generator(self.run, self.bases.layout, checkpoints, vectors, seed)
 
     def make_bundle(self) -> Bundle:
         """Writes the bundle from the finished stages, and beside it the own adapters.
@@ -139,25 +215,23 @@ class Pipeline:
         with; the bundle must not hold them.
         """
         recipe = self.run.recipe
-        if not self.run.generator.exists():
-            raise InvalidRecipeError("the generator is missing: run `icm-lora generator` first")
         vectors = self.encode_task_vectors()
         layout = self.bases.layout
-        model = build_generator(layout, recipe, vectors)
-        tensors, _ = read_tensors(self.run.generator)
-        model.load_state_dict(tensors)
+        model = self._read_generator(recipe.seed, vectors)
         checkpoints = self.read_checkpoints()
         own = {name: kept.mean(0).to(VECTOR_DTYPE) for name, kept in checkpoints.items()}
         write_tensors(self.run.own_adapters, own, {"layout": layout.digest})
-        return write_bundle(
+        if recipe.detector is not None:
+            copytree(self.run.base, self.run.bundle / "base", dirs_exist_ok=True)
+        bundle = write_bundle(
             self.run.bundle,
             name=recipe.bundle.name,
             version=recipe.bundle.version,
-            modality="text",
+            modality=self.base.modality,
             base_reference=recipe.base.reference,
             base_digest=self.base.digest,
             encoder_id=vectors.encoder_id,
-            encoder_spec=encoder_spec(recipe.encoder, recipe.base),
+            encoder_spec=self._bundle_encoder(),
             bases=self.bases,
             normalizer=AdapterNormalizer.fit(layout, checkpoints),
             generator=model.config,
@@ -167,14 +241,46 @@ class Pipeline:
             owner=vectors.owner,
             similarity_quantiles=vectors.leave_one_out_similarities(),
             provenance={
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": recipe.to_json(),
                 "recipe_digest": recipe.digest,
                 "commit": describe_commit(),
             },
         )
+        self._write_seed_adapters(bundle, vectors)
+        return bundle
+
+    def _read_generator(self, seed: int, vectors: TaskVectors) -> ConditionalVAE:
+        path = self.run.seeded_generator(seed)
+        if not path.exists():
+            raise InvalidRecipeError(f"{path.name} is missing: run `icm-lora generator` first")
+        model = build_generator(self.bases.layout, self.run.recipe, vectors, seed)
+        model.load_state_dict(read_tensors(path)[0])
+        return model.eval()
+
+    def _write_seed_adapters(self, bundle: Bundle, vectors: TaskVectors) -> None:
+        """Adapters of the generators that are not shipped, rounded as in a bundle."""
+        adapters: dict[str, Tensor] = {}
+        for seed in self.run.recipe.generator_seeds[1:]:
+            decoder = self._read_generator(seed, vectors).decoder.half().float()
+            synthesizer = build_synthesizer(replace(bundle, decoder=decoder))
+            for task in self.tasks:
+                recipe = AdapterRecipe.build(
+                    task=task.heldout_descriptions[0], bundle_digest=bundle.digest
+                )
+                adapters[f"{task.name}.{seed}"] = synthesizer.synthesize(recipe).vector
+        if adapters:
+            write_tensors(self.run.seed_adapters, adapters, {"layout": bundle.layout.digest})
+
+    def _bundle_encoder(self) -> dict[str, Any]:
+        """Specification of the encoder of words, and of the one of images if there is one."""
+        recipe = self.run.recipe
+        spec = encoder_spec(recipe.encoder, recipe.base)
+        images = recipe.detection.images if recipe.detection is not None else ""
+        return spec | ({"images": images} if images else {})
 
     def run_all(self) -> Bundle:
         """All stages in order."""
+        self.train_base()
         self.fine_tune_adapters()
         self.encode_task_vectors()
         self.train_generator()

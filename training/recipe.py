@@ -13,6 +13,12 @@ from service.synthesis.layout import AdapterKind
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
+DETECTION_SOURCES = ("composites", "coco", "voc")
+"""Sources of detection tasks; all others are of text."""
+
+TRAINED_BASE = "bundle:base"
+"""Reference of a base that the run itself trains, and that its bundle ships."""
+
 
 class _Section(BaseModel):
     """A recipe table: immutable, and an unknown key is an error."""
@@ -23,7 +29,7 @@ class _Section(BaseModel):
 class BaseSection(_Section):
     """`[base]`: the frozen base model."""
 
-    reference: str = Field(description="embedded:..., a folder or a hub id")
+    reference: str = Field(description="embedded:..., bundle:base, a folder or a hub id")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     architecture: dict[str, Any] | None = Field(
         default=None,
@@ -31,10 +37,47 @@ class BaseSection(_Section):
     )
 
 
+class DetectorSection(_Section):
+    """`[detector]`: training of the embedded detector that is the run's base."""
+
+    width: int = Field(ge=16, description="d_model of the encoder-decoder")
+    layers: int = Field(ge=1, description="encoder layers, and as many decoder layers")
+    heads: int = Field(ge=1)
+    feed_forward: int = Field(ge=16)
+    num_scenes: int = Field(ge=1, description="composited scenes of the base categories")
+    num_steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    present_share: float = Field(
+        default=0.75, gt=0, le=1, description="rows whose prompt names what is in the scene"
+    )
+    smoothing_bins: float = Field(default=8.0, ge=0, description="std of location targets")
+    cell_weight: float = Field(default=1.0, ge=0, description="of the auxiliary per-cell loss")
+
+
+class DetectionSection(_Section):
+    """`[detection]`: what only runs of detection tasks need."""
+
+    present_share: float = Field(
+        default=0.6, gt=0, le=1, description="fine-tuning examples whose scene holds the object"
+    )
+    own_prompt_share: float = Field(
+        default=0.7, gt=0, le=1, description="fine-tuning examples prompted with own wordings"
+    )
+    smoothing_bins: float = Field(default=8.0, ge=0, description="std of location targets")
+    images: Literal["", "conse"] = Field(
+        default="", description="encoder of example images that serving offers beside the words"
+    )
+
+
 class TasksSection(_Section):
     """`[tasks]`: where the tasks come from."""
 
-    source: str = Field(description="domains | smoke | folder:PATH | jsonl:PATH | hub:DATASET")
+    source: str = Field(
+        description="text: domains | smoke | folder:PATH | jsonl:PATH | hub:DATASET; "
+        "detection: composites | coco:PATH | voc:PATH"
+    )
     names: tuple[str, ...] | None = Field(default=None, description="subset; all when absent")
 
 
@@ -50,9 +93,11 @@ class AdapterSection(_Section):
 class FinetuneSection(_Section):
     """`[finetune]`: one adapter per task, late checkpoints kept."""
 
-    num_windows: int = Field(ge=1, description="training windows per task (one epoch)")
-    window_tokens: int = Field(ge=8, description="tokens per window")
-    batch_size: int = Field(ge=1, description="windows per optimiser step")
+    num_windows: int = Field(
+        ge=1, description="training examples per task (one epoch): windows, or prompted scenes"
+    )
+    window_tokens: int = Field(default=64, ge=8, description="text: tokens per window")
+    batch_size: int = Field(ge=1, description="examples per optimiser step")
     epochs: int = Field(ge=1)
     checkpoints_per_epoch: int = Field(default=1, ge=1)
     keep_last: int = Field(ge=1, description="late checkpoints kept per task")
@@ -113,6 +158,14 @@ class GeneratorSection(_Section):
     )
 
 
+class EvaluationSection(_Section):
+    """`[evaluation]`: what is trained only to be compared with."""
+
+    generator_seeds: tuple[int, ...] = Field(
+        min_length=1, description="seeds of further generators, which no bundle ships"
+    )
+
+
 class BundleSection(_Section):
     """`[bundle]`: what is handed to serving."""
 
@@ -125,22 +178,44 @@ class Recipe(_Section):
 
     seed: int = 0
     base: BaseSection
+    detector: DetectorSection | None = None
+    detection: DetectionSection | None = None
     tasks: TasksSection
     adapter: AdapterSection
     finetune: FinetuneSection
     encoder: EncoderSection
     generator: GeneratorSection
+    evaluation: EvaluationSection | None = None
     bundle: BundleSection
+
+    @model_validator(mode="after")
+    def _check_base(self) -> "Recipe":
+        if (self.detector is not None) != (self.base.reference == TRAINED_BASE):
+            raise ValueError(f"[detector] trains the base {TRAINED_BASE!r}: give both or neither")
+        is_detection = self.tasks.source.partition(":")[0] in DETECTION_SOURCES
+        if is_detection != (self.detection is not None):
+            raise ValueError(f"[detection] goes with the sources {', '.join(DETECTION_SOURCES)}")
+        return self
+
+    @property
+    def generator_seeds(self) -> tuple[int, ...]:
+        """Seed of the shipped generator, then those of the ones to compare with."""
+        return (self.seed, *(self.evaluation.generator_seeds if self.evaluation else ()))
 
     @property
     def digest(self) -> str:
         """sha256 over the whole recipe."""
-        return _digest(self.model_dump(mode="json"))
+        return _digest(self.to_json())
 
     def stage_digest(self, *sections: str) -> str:
         """sha256 over the seed and the sections that a stage depends on."""
+        body = self.to_json()
+        return _digest({name: body.get(name) for name in ("seed", *sections)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain data, without optional sections that it does not have."""
         body = self.model_dump(mode="json")
-        return _digest({name: body[name] for name in ("seed", *sections)})
+        return {name: section for name, section in body.items() if section is not None}
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -19,10 +19,13 @@ class RunDir:
     """Paths of a run.
 
         recipe.json                      the recipe, pinned by the first stage
+        base/                            the base, where the run trains it
         bases.safetensors                frozen bases of the adapters
         adapters/TASK.SEED.safetensors   late checkpoints of one fine-tuning
         task_vectors.safetensors         encoded wordings
         generator.safetensors            trained conditional VAE
+        generator.SEED.safetensors       further ones, to compare with
+        seed_adapters.safetensors        what these generate
         own_adapters.safetensors         mean late checkpoint of each task, for evaluation
         bundle/                          what serving loads
         state/                           resumable state of whatever is unfinished
@@ -46,7 +49,7 @@ class RunDir:
         pinned = root / "recipe.json"
         if pinned.exists():
             before = Recipe.model_validate_json(pinned.read_text())
-            sections = ("base", "tasks", "adapter", "finetune")
+            sections = ("base", "detector", "detection", "tasks", "adapter", "finetune")
             if before.stage_digest(*sections) != recipe.stage_digest(*sections):
                 raise InvalidRecipeError(
                     f"{root} holds the adapters of another recipe: choose another --out, or "
@@ -75,6 +78,11 @@ class RunDir:
         return cls(root, Recipe.model_validate_json(pinned.read_text()))
 
     @property
+    def base(self) -> Path:
+        """Base model that the run itself trained."""
+        return self.root / "base"
+
+    @property
     def bases(self) -> Path:
         """Frozen bases."""
         return self.root / "bases.safetensors"
@@ -92,6 +100,19 @@ class RunDir:
     def generator(self) -> Path:
         """Trained conditional VAE."""
         return self.root / "generator.safetensors"
+
+    def seeded_generator(self, seed: int) -> Path:
+        """The generator of a seed; the recipe's own seed is that of `generator`."""
+        return (
+            self.generator
+            if seed == self.recipe.seed
+            else self.root / f"generator.{seed}.safetensors"
+        )
+
+    @property
+    def seed_adapters(self) -> Path:
+        """What further generators make of each task's first held-out wording, `TASK.SEED`."""
+        return self.root / "seed_adapters.safetensors"
 
     @property
     def own_adapters(self) -> Path:

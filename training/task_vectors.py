@@ -20,7 +20,10 @@ from service.synthesis.task_encoder import (
 )
 from training.checkpoint import read_tensors, write_tensors
 from training.recipe import BaseSection, EncoderSection
+from training.tasks.detection_task import DetectionTask
 from training.tasks.text import TextTask
+
+AnyTask = TextTask | DetectionTask
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,13 @@ class TaskVectors:
         best = similarity.masked_fill(~same, -1.0).amax(1)
         return best.sort().values
 
-    def write(self, path: Path, spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> None:
+    def write(self, path: Path, spec: Mapping[str, Any], tasks: Sequence[AnyTask]) -> None:
         """Writes the rows with what made them."""
         metadata = {"encoder_id": self.encoder_id, "made_from": _digest_inputs(spec, tasks)}
         write_tensors(path, {"rows": self.rows, "owner": self.owner}, metadata)
 
     @classmethod
-    def read(cls, path: Path, spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> "TaskVectors":
+    def read(cls, path: Path, spec: Mapping[str, Any], tasks: Sequence[AnyTask]) -> "TaskVectors":
         """Reads the rows.
 
         Raises:
@@ -79,7 +82,7 @@ class TaskVectors:
         return cls(metadata["encoder_id"], tensors["rows"], tensors["owner"])
 
 
-def _digest_inputs(spec: Mapping[str, Any], tasks: Sequence[TextTask]) -> str:
+def _digest_inputs(spec: Mapping[str, Any], tasks: Sequence[AnyTask]) -> str:
     """sha256 over what determines the rows: the encoder, and the tasks' wordings in order."""
     body = [dict(spec), [[task.name, list(task.descriptions)] for task in tasks]]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -94,7 +97,7 @@ def encoder_spec(section: EncoderSection, base: BaseSection) -> dict[str, Any]:
 
 def encode_tasks(
     section: EncoderSection,
-    tasks: Sequence[TextTask],
+    tasks: Sequence[AnyTask],
     load_base: Callable[[], BaseModel],
 ) -> TaskVectors:
     """Encodes wordings, or for `hidden_states` groups of N training documents (paper Eq. 1).
@@ -111,6 +114,8 @@ def encode_tasks(
         base = load_base()
         encoder = hidden = HiddenStateEncoder(base.model, base.tokenizer, base.digest)
         for index, task in enumerate(tasks):
+            if not isinstance(task, TextTask):
+                raise InvalidRecipeError("encoder.kind hidden_states needs tasks with texts")
             groups = len(task.descriptions)
             for group in range(groups):
                 samples = task.train[group::groups][: section.num_samples]

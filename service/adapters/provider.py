@@ -3,10 +3,10 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from service.adapters.cache import AdapterCache, CacheTier
 from service.adapters.record import AdapterRecord
@@ -18,6 +18,9 @@ from service.errors import (
     QueueFullError,
 )
 from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CachePolicy = Literal["use", "bypass", "only"]
 """`use`: caches, then synthesis. `bypass`: synthesis without reading a cache (the result is
@@ -76,7 +79,12 @@ class AdapterProvider:
         self._closed = False
 
     async def provide(
-        self, recipe: AdapterRecipe, *, policy: CachePolicy = "use", ttl_seconds: float
+        self,
+        recipe: AdapterRecipe,
+        *,
+        policy: CachePolicy = "use",
+        ttl_seconds: float,
+        images: Sequence["Image"] | None = None,
     ) -> Provided:
         """The adapter of a recipe.
 
@@ -85,6 +93,7 @@ class AdapterProvider:
             policy: what caches are for.
             ttl_seconds: lifetime in the caches of an adapter generated now. One that is found
                 there keeps the expiry it has; a shared synthesis takes the first request's.
+            images: the example images, where the recipe was built from some.
 
         Raises:
             InvalidInputError: `ttl_seconds` is not positive or not finite.
@@ -101,7 +110,7 @@ class AdapterProvider:
                 return Provided(found.record, "hit", found.tier, found.degraded, _since(start))
         if policy == "only":
             return await self._provide_cached(recipe)
-        return await self._join_flight(recipe, policy, ttl_seconds)
+        return await self._join_flight(recipe, policy, ttl_seconds, images)
 
     async def get(self, adapter_id: str) -> AdapterRecord:
         """The cached adapter with this id.
@@ -146,7 +155,11 @@ class AdapterProvider:
         return Provided(found.record, "hit", found.tier, found.degraded, _since(start))
 
     async def _join_flight(
-        self, recipe: AdapterRecipe, policy: CachePolicy, ttl_seconds: float
+        self,
+        recipe: AdapterRecipe,
+        policy: CachePolicy,
+        ttl_seconds: float,
+        images: Sequence["Image"] | None,
     ) -> Provided:
         # No await between finding no flight and starting one: there is never a second.
         start = time.perf_counter()
@@ -162,7 +175,7 @@ class AdapterProvider:
             )
         if self._closed:
             raise NotReadyError("the service is shutting down")
-        flight = asyncio.create_task(self._fly(recipe, policy, ttl_seconds))
+        flight = asyncio.create_task(self._fly(recipe, policy, ttl_seconds, images))
         self._flights[key] = flight
         flight.add_done_callback(lambda _: self._land(key))
         return await asyncio.shield(flight)
@@ -173,7 +186,11 @@ class AdapterProvider:
             flight.exception()  # counts as seen, also where every waiter has gone away
 
     async def _fly(
-        self, recipe: AdapterRecipe, policy: CachePolicy, ttl_seconds: float
+        self,
+        recipe: AdapterRecipe,
+        policy: CachePolicy,
+        ttl_seconds: float,
+        images: Sequence["Image"] | None,
     ) -> Provided:
         seconds: dict[str, float] = {}
         outcome: CacheOutcome = "bypass"
@@ -184,20 +201,25 @@ class AdapterProvider:
             if found.record is not None:
                 return Provided(found.record, "hit", found.tier, found.degraded, seconds)
             outcome = "degraded" if found.degraded else "miss"
-        record = await self._synthesize(recipe, seconds)
+        record = await self._synthesize(recipe, images, seconds)
         start = time.perf_counter()
         not_stored = await self._cache.store(record, ttl_seconds)
         seconds["store"] = time.perf_counter() - start
         return Provided(record, outcome, None, not_stored or outcome == "degraded", seconds)
 
-    async def _synthesize(self, recipe: AdapterRecipe, seconds: dict[str, float]) -> AdapterRecord:
+    async def _synthesize(
+        self,
+        recipe: AdapterRecipe,
+        images: Sequence["Image"] | None,
+        seconds: dict[str, float],
+    ) -> AdapterRecord:
         if self._num_pending >= self._max_pending:
             raise QueueFullError(f"{self._num_pending} adapters are waiting to be generated")
         queued = time.perf_counter()
 
         def synthesize() -> AdapterRecord:
             seconds["queue"] = time.perf_counter() - queued
-            adapter = self._synthesizer.synthesize(recipe)
+            adapter = self._synthesizer.synthesize(recipe, images)
             seconds.update(adapter.seconds)
             return AdapterRecord.from_synthesized(adapter, self._layout)
 

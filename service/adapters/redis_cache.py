@@ -1,6 +1,7 @@
 """Adapter records in Redis: bounded in time, never in the way."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -56,7 +57,7 @@ class RedisCache:
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
-        layout: records of another layout are refused.
+        layouts: records of any other layout are refused.
         timeout_seconds: bound of one call.
         retry_seconds: pause after a failure.
         on_state: called with whether Redis is up: at the first answer or failure, then at
@@ -70,8 +71,7 @@ class RedisCache:
     def __init__(
         self,
         url: str,
-        layout: AdapterLayout,
-        *,
+        *layouts: AdapterLayout,
         timeout_seconds: float = 0.25,
         retry_seconds: float = 2.0,
         on_state: Callable[[bool], None] | None = None,
@@ -94,7 +94,7 @@ class RedisCache:
             "protocol": 2,  # spares the HELLO round trip; nothing of RESP3 is used
         }
         self._client = Redis.from_pool(BlockingConnectionPool(**options))
-        self._layout = layout
+        self._layouts = layouts
         self._timeout_seconds = timeout_seconds
         self._retry_seconds = retry_seconds
         self._on_state = on_state
@@ -125,7 +125,7 @@ class RedisCache:
         if content is None:
             return RedisAnswer("miss")
         try:
-            record = AdapterRecord.from_bytes(content, self._layout)
+            record = self._read(content)
             if record.adapter_id != adapter_id:
                 raise InvalidAdapterError(f"the record is that of adapter {record.adapter_id}")
         except InvalidAdapterError as error:
@@ -164,6 +164,13 @@ class RedisCache:
         """Closes the connections."""
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
+
+    def _read(self, content: bytes) -> AdapterRecord:
+        *others, last = self._layouts
+        for layout in others:
+            with contextlib.suppress(InvalidAdapterError):
+                return AdapterRecord.from_bytes(content, layout)
+        return AdapterRecord.from_bytes(content, last)
 
     async def _ask(self, operation: Callable[[], Awaitable[T]]) -> T:
         if self.is_down:

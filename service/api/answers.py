@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 
 from service.adapters.record import AdapterRecord
-from service.api.schemas import AdapterInfo, BundleInfo, NearestTaskInfo, RecipeInfo
+from service.api.bundle_service import AnyService
+from service.api.requests import BASE_ADAPTER_ID
+from service.api.schemas import AdapterInfo, BundleInfo, NearestTaskInfo, Receipt, RecipeInfo
 from service.synthesis.bundle import Bundle
+from service.synthesis.synthesizer import Synthesizer
 
 MAX_NEAREST_TASKS = 5
 
@@ -14,13 +17,30 @@ def build_bundle_info(bundle: Bundle) -> BundleInfo:
     return BundleInfo(name=bundle.name, version=bundle.version, digest=bundle.digest)
 
 
-def build_adapter_info(record: AdapterRecord, bundle: Bundle) -> AdapterInfo:
-    """Facts about an adapter; `bundle` made it."""
-    recipe, layout = record.recipe, bundle.layout
+def build_receipt(
+    record: AdapterRecord | None, bundle: Bundle, slot: int, generation: int
+) -> Receipt:
+    """What answered; no record is the base."""
+    return Receipt(
+        adapter_id=BASE_ADAPTER_ID if record is None else record.adapter_id,
+        vector_sha256=None if record is None else record.vector_sha256,
+        slot=slot,
+        generation=generation,
+        bundle=build_bundle_info(bundle),
+    )
+
+
+def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInfo:
+    """Facts about an adapter; `service` made it."""
+    recipe, bundle = record.recipe, service.bundle
+    layout = bundle.layout
     return AdapterInfo(
         adapter_id=record.adapter_id,
+        modality=service.modality,
         recipe=RecipeInfo(
             task=recipe.task,
+            examples=recipe.examples,
+            encoder=_name_encoder(service.synthesizer, by_example=bool(recipe.examples)),
             mode=recipe.mode.value,
             seed=recipe.seed,
             temperature=recipe.temperature,
@@ -40,6 +60,11 @@ def build_adapter_info(record: AdapterRecord, bundle: Bundle) -> AdapterInfo:
         ],
         in_distribution=record.in_distribution,
     )
+
+
+def _name_encoder(synthesizer: Synthesizer, *, by_example: bool) -> str:
+    images = synthesizer.image_encoder
+    return images.encoder_id if by_example and images else synthesizer.encoder.encoder_id
 
 
 def to_milliseconds(seconds: Mapping[str, float], total_seconds: float) -> dict[str, float]:

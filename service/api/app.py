@@ -10,19 +10,21 @@ from fastapi import FastAPI
 
 from service.api.dependencies import Phase, ServiceState
 from service.api.error_handlers import add_error_handlers
+from service.api.loading import open_resources
 from service.api.middleware import BodyLimit, RequestScope
 from service.api.openapi import build_openapi
-from service.api.resources import open_resources
 from service.api.routes import adapters, generate, health, infer, metrics
 from service.errors import IcmLoraError
 from service.logs import describe_exception
 from service.metrics import ServiceMetrics
 from service.settings import Settings
 
+_IMAGE_PATHS = ("/infer", "/generate-lora")
 _logger = logging.getLogger("service")
 
 _DESCRIPTION = """\
-A task in words becomes a LoRA adapter, and the adapter answers at once.
+A task in words becomes a LoRA adapter, and the adapter answers at once: with text, or with the
+boxes of what it finds in an image.
 
 Errors are problem details (RFC 9457); their `code` is stable. Send `X-Request-ID`
 (`[A-Za-z0-9._-]`, at most 64 characters) to find a request in the service's log.
@@ -47,7 +49,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = state
     for module in (generate, infer, adapters, health, metrics):
         app.include_router(module.router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        larger=dict.fromkeys(_IMAGE_PATHS, settings.max_image_bytes),
+    )
     app.add_middleware(RequestScope, metrics=state.metrics)
     add_error_handlers(app)
     _use_openapi(app)
@@ -80,8 +86,16 @@ async def _load(state: ServiceState) -> None:
         return
     if state.phase is Phase.LOADING:
         state.phase = Phase.READY
-        bundle = state.resources.bundle
-        fields = {"bundle": bundle.name, "bundle_version": bundle.version}
+        fields = {}
+        for service in state.resources.services:
+            bundle = service.bundle
+            state.metrics.set_build(
+                service.modality,
+                version=version("icm-lora"),
+                bundle=bundle.name,
+                bundle_version=bundle.version,
+            )
+            fields[f"{service.modality}_bundle"] = f"{bundle.name} {bundle.version}"
         _logger.info("ready", extra={"fields": fields})
 
 

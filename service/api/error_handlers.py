@@ -55,7 +55,7 @@ class BodyTooLargeError(IcmLoraError):
 
 
 class InvalidRequestError(IcmLoraError):
-    """The body is JSON, but not what the schema asks for; `errors` says where."""
+    """The body can be read, but is not what the schema asks for; `errors` says where."""
 
     status = 422
     code = "invalid_request"
@@ -65,7 +65,7 @@ class InvalidRequestError(IcmLoraError):
 _FRAMEWORK_ERRORS: dict[int, IcmLoraError] = {
     error.status: error
     for error in (
-        MalformedRequestError("the request body cannot be parsed: send JSON"),
+        MalformedRequestError("the request body cannot be parsed: see /openapi.json"),
         RouteNotFoundError("no such path: see /openapi.json"),
         MethodNotAllowedError("the path does not support this method: see the Allow header"),
         BodyTooLargeError("the request body is larger than this service accepts"),

@@ -4,6 +4,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -82,21 +84,31 @@ class RequestScope:
 
 
 class BodyLimit:
-    """Refuses bodies over `max_bytes` with 413, counting what arrives, not what is declared."""
+    """Refuses bodies that are too large with 413, counting what arrives, not what is declared.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: what answers.
+        max_bytes: limit of all paths that `larger` does not name.
+        larger: limits of the paths that take more.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one ASGI connection."""
         received = 0
+        limit = self.larger.get(scope.get("path", ""), self.max_bytes)
 
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
+            if received > limit:
                 raise HTTPException(413)  # FastAPI's own class passes its body reader unchanged
             return message
 

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from service.api.error_handlers import PROBLEM_MEDIA_TYPE, RETRY_STATUSES
+from service.api.requests import InferRequest
 from service.api.schemas import Problem
 from service.errors import IcmLoraError
 
@@ -67,7 +68,9 @@ def build_openapi(app: FastAPI) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    problem = Problem.model_json_schema(ref_template=_SCHEMA_REFERENCE)
-    schemas.update(problem.pop("$defs"))
-    schemas[Problem.__name__] = problem
+    # Referred to by documents of ours, so FastAPI does not know that they are used.
+    for model in (Problem, InferRequest):
+        schema = model.model_json_schema(ref_template=_SCHEMA_REFERENCE)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
     return document

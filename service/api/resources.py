@@ -1,95 +1,112 @@
-"""What a running service holds: models, caches, slots and the scheduler."""
+"""What a running service holds: a service per bundle, and what they share."""
 
 import asyncio
 from dataclasses import dataclass
 
-import torch
-
-from service.adapters.cache import AdapterCache, ProcessCache, RedisCache
-from service.adapters.provider import AdapterProvider, CachePolicy, Provided
+from service.adapters.cache import RedisCache
+from service.adapters.provider import Provided
 from service.adapters.record import AdapterRecord
-from service.adapters.slot_bank import SlotLease
-from service.errors import AdapterNotFoundError, NoFreeSlotError, QueueFullError
-from service.inference.base_model import BaseModel, load_base_model
-from service.inference.scheduler import Scheduler
-from service.inference.text import TextEngine
-from service.logs import quiet_transformers
+from service.api.bundle_service import AnyService, DetectionService, TextService
+from service.api.modality_choice import ModalityChoice
+from service.api.pictures import PictureReader
+from service.api.schemas import Modality
+from service.errors import AdapterNotFoundError, WrongModalityError
 from service.metrics import ServiceMetrics
-from service.settings import Settings
-from service.synthesis.bundle import Bundle
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer, load_synthesizer
-
-_STAGES = {
-    "lookup": "cache_read",
-    "store": "cache_write",
-    "queue": "synthesis_queue",
-    "wait": "synthesis_wait",
-}
-"""The provider's stages as the API and the metrics call them; the others keep their names."""
+from service.settings import ENV_PREFIX, Settings
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Opened once by the lifespan, closed by it."""
+    """Opened once by the lifespan, closed by it.
+
+    Attributes:
+        settings: of the service.
+        metrics: of the service.
+        text: the text bundle, where one is served.
+        detection: the detection bundle, where one is served.
+        choice: which of them a description is for.
+        pictures: decodes images.
+        redis: where configured; all bundles share it.
+        redis_watch: asks Redis now and then.
+    """
 
     settings: Settings
     metrics: ServiceMetrics
-    bundle: Bundle
-    provider: AdapterProvider
-    engine: TextEngine
-    scheduler: Scheduler
+    text: TextService | None
+    detection: DetectionService | None
+    choice: ModalityChoice
+    pictures: PictureReader
     redis: RedisCache | None
     redis_watch: asyncio.Task[None] | None
 
-    async def provide(
-        self, recipe: AdapterRecipe, policy: CachePolicy, ttl_seconds: int | None
-    ) -> tuple[Provided, dict[str, float]]:
-        """The adapter of a recipe, counted in the metrics, and its stages in seconds.
+    @property
+    def services(self) -> tuple[AnyService, ...]:
+        """Those of the served bundles; at least one."""
+        return tuple(each for each in (self.text, self.detection) if each is not None)
+
+    def need_text(self) -> TextService:
+        """The text bundle's service.
 
         Raises:
-            NotCachedError: policy `only`, and not cached.
-            QueueFullError: too many adapters are waiting to be generated.
+            WrongModalityError: none is served.
         """
-        ttl_seconds = ttl_seconds or self.settings.adapter_ttl_seconds
-        try:
-            provided = await self.provider.provide(recipe, policy=policy, ttl_seconds=ttl_seconds)
-        except QueueFullError:
-            self.metrics.on_rejection("synthesis_queue_full")
-            raise
-        seconds = {_STAGES.get(stage, stage): value for stage, value in provided.seconds.items()}
-        self.metrics.observe_stages(seconds)
-        self.metrics.count_adapter(provided.cache)
-        return provided, seconds
+        if self.text is None:
+            raise WrongModalityError(
+                f"no text bundle is served: send an `image`, or set {ENV_PREFIX}BUNDLE"
+            )
+        return self.text
 
-    async def find(self, adapter_id: str) -> AdapterRecord:
-        """The cached adapter with this id.
+    def need_detection(self) -> DetectionService:
+        """The detection bundle's service.
+
+        Raises:
+            WrongModalityError: none is served.
+        """
+        if self.detection is None:
+            raise WrongModalityError(
+                "no detection bundle is served: leave the `image` out, or set "
+                f"{ENV_PREFIX}DETECTION_BUNDLE"
+            )
+        return self.detection
+
+    def need(self, modality: Modality) -> AnyService:
+        """The service of a modality.
+
+        Raises:
+            WrongModalityError: no such bundle is served.
+        """
+        return self.need_text() if modality == "text" else self.need_detection()
+
+    async def find(self, adapter_id: str) -> tuple[AdapterRecord, AnyService]:
+        """The cached adapter with this id, and the service of the bundle that made it.
 
         Raises:
             AdapterNotFoundError: not cached, or made by another bundle (replicas that are being
-                upgraded share one Redis): this bundle's bases could give it another meaning.
+                upgraded share one Redis): these bundles' bases could give it another meaning.
         """
-        record = await self.provider.get(adapter_id)
-        if record.recipe.bundle_digest != self.bundle.digest:
+        record = await self.services[0].provider.get(adapter_id)
+        service = self._find_maker(record)
+        if service is None:
             raise AdapterNotFoundError(
                 f"adapter {adapter_id} was generated by another bundle: generate it again"
             )
-        return record
+        return record, service
 
-    async def load(self, record: AdapterRecord) -> SlotLease:
-        """Makes an adapter resident; the lease, already released, tells where and how fast.
+    def list_adapters(self) -> list[tuple[AdapterRecord, AnyService]]:
+        """Adapters in this process, most recently used first, and the services that made them."""
+        found = ((record, self._find_maker(record)) for record in self.services[0].provider.list())
+        return [(record, service) for record, service in found if service is not None]
+
+    async def delete(self, adapter_id: str) -> bool:
+        """Deletes an adapter everywhere; True (degraded) where Redis may still have it.
 
         Raises:
-            NoFreeSlotError: every slot is in use by a running batch.
+            AdapterNotFoundError: neither this process nor Redis had it.
         """
-        try:
-            lease = await asyncio.to_thread(self.engine.load, record.adapter_id, record.vector)
-        except NoFreeSlotError:
-            self.metrics.on_rejection("no_free_slot")
-            raise
-        lease.release()
-        if lease.write_seconds:  # 0 where it was resident already
-            self.metrics.observe_stages({"write_slot": lease.write_seconds})
-        return lease
+        degraded = await self.services[0].provider.delete(adapter_id)
+        for service in self.services:
+            service.engine.slots.evict(adapter_id)
+        return degraded
 
     def list_degraded(self, provided: Provided | None = None) -> list[str]:
         """Components that are lost now, or were for this adapter."""
@@ -98,72 +115,14 @@ class Resources:
 
     async def close(self) -> None:
         """Finishes what runs, then lets go of threads and connections."""
-        await self.scheduler.drain(self.settings.drain_grace_seconds)
         if self.redis_watch is not None:
             self.redis_watch.cancel()
-        await self.provider.close()
+        await asyncio.gather(*(service.close() for service in self.services))
+        await asyncio.to_thread(self.pictures.close)
 
-
-async def open_resources(settings: Settings, metrics: ServiceMetrics) -> Resources:
-    """Loads the bundle, its encoder and its base model, and starts the scheduler.
-
-    Raises:
-        InvalidBundleError: the bundle cannot be trusted, or does not fit the base or encoder.
-        IcmLoraError: the base model or the encoder cannot be loaded.
-    """
-    synthesizer, base = await asyncio.to_thread(_load_models, settings)
-    bundle = synthesizer.bundle
-    redis: RedisCache | None = None
-    watch: asyncio.Task[None] | None = None
-    if url := settings.redis_url.get_secret_value():
-        redis = RedisCache(
-            url,
-            bundle.layout,
-            timeout_seconds=settings.redis_timeout_seconds,
-            retry_seconds=settings.redis_retry_seconds,
-            on_state=metrics.on_redis_state,
-        )
-        await redis.ping()
-        watch = asyncio.create_task(_watch_redis(redis, settings.redis_retry_seconds))
-    cache = AdapterCache(ProcessCache(settings.process_cache_bytes), redis, metrics)
-    engine = TextEngine(
-        base,
-        bundle.layout,
-        bundle.bases,
-        num_slots=settings.num_slots,
-        max_prompt_tokens=settings.max_prompt_tokens,
-    )
-    scheduler = Scheduler(
-        engine,
-        max_queue=settings.max_queue,
-        max_batch_rows=settings.max_batch_rows,
-        batch_window_seconds=settings.batch_window_seconds,
-        observer=metrics,
-    )
-    scheduler.start()
-    metrics.watch_slots(lambda state: int(getattr(engine.slots.stats(), state)))
-    provider = AdapterProvider(synthesizer, cache)
-    return Resources(settings, metrics, bundle, provider, engine, scheduler, redis, watch)
-
-
-def _load_models(settings: Settings) -> tuple[Synthesizer, BaseModel]:
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
-    quiet_transformers()
-    # On the CPU wherever the base is: replicas with and without a GPU make the same bytes.
-    synthesizer = load_synthesizer(settings.bundle)
-    base = load_base_model(
-        settings.base or synthesizer.bundle.base_reference,
-        device=settings.device,
-        dtype=settings.dtype,
-        cache_dir=settings.cache_dir,
-    )
-    synthesizer.bundle.check_base(base.digest)
-    return synthesizer, base
-
-
-async def _watch_redis(redis: RedisCache, pause_seconds: float) -> None:
-    """Keeps the state of Redis true while no request asks it."""
-    while True:
-        await asyncio.sleep(pause_seconds)
-        await redis.ping()
+    def _find_maker(self, record: AdapterRecord) -> AnyService | None:
+        """Caches are shared, so that any provider finds the adapters of all bundles."""
+        for service in self.services:
+            if service.bundle.digest == record.recipe.bundle_digest:
+                return service
+        return None

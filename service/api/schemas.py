@@ -1,34 +1,14 @@
-"""Requests and answers of the HTTP interface; the limits below are part of the published API."""
+"""Answers of the HTTP interface."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
-from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
-
-BASE_ADAPTER_ID = "base"
-"""The only adapter id that is answered by the base model itself."""
-
-MAX_PROMPT_CHARACTERS = 65_536
-MAX_NEW_TOKENS = 1_024
-MAX_STOPS = 8
-MAX_STOP_CHARACTERS = 64
-MAX_SEED = 2**63 - 1
-MAX_TTL_SECONDS = 31_536_000
-MAX_TEMPERATURE = 2.0
-MAX_STRENGTH = 4.0
-
-EXAMPLE_TASK = "Continue the text in the style of a cooking recipe."
 _EXAMPLE_ID = "5f0c" * 16
 
-TaskDescription = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=MAX_TASK_CHARACTERS,
-        description="The task in words.",
-        examples=[EXAMPLE_TASK],
-    ),
+Modality = Annotated[
+    Literal["text", "detection"],
+    Field(description="What the adapter's base answers with: text, or boxes in an image."),
 ]
 AdapterId = Annotated[
     str,
@@ -41,102 +21,6 @@ Milliseconds = Annotated[
         examples=[{"encode": 9.1, "decode": 14.2, "total": 25.9}],
     ),
 ]
-
-
-class RequestModel(BaseModel):
-    """A request body: unknown keys and numbers that are not finite are errors."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class GenerateRequest(RequestModel):
-    """A task description, and how to turn it into an adapter."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"task": EXAMPLE_TASK},
-                {"task": EXAMPLE_TASK, "mode": "sample", "seed": 7, "ttl_seconds": 3600},
-            ]
-        }
-    )
-
-    task: TaskDescription
-    mode: Annotated[
-        Literal["mode", "sample"],
-        Field(
-            description="`mode`: the most likely adapter (z = 0). `sample`: z ~ N(0, I) drawn from "
-            "`seed`, scaled by `temperature`."
-        ),
-    ] = "mode"
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="Seed of mode `sample`.")] = 0
-    temperature: Annotated[
-        float, Field(gt=0, le=MAX_TEMPERATURE, description="Scale of z in mode `sample`.")
-    ] = 1.0
-    strength: Annotated[
-        float, Field(gt=0, le=MAX_STRENGTH, description="Scale of the adapter's update.")
-    ] = 1.0
-    ttl_seconds: Annotated[
-        int | None,
-        Field(ge=1, le=MAX_TTL_SECONDS, description="Time in the cache; default: the service's."),
-    ] = None
-    cache: Annotated[
-        Literal["use", "bypass", "only"],
-        Field(
-            description="`use` the cache; `bypass` it and generate anew; `only` take what is "
-            "cached, else 404."
-        ),
-    ] = "use"
-
-
-class InferRequest(RequestModel):
-    """A prompt, and the adapter (or the task to generate one for) that completes it."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"task": EXAMPLE_TASK, "prompt": "Preheat the oven to", "max_tokens": 32},
-                {"adapter_id": BASE_ADAPTER_ID, "prompt": "Preheat the oven to"},
-            ]
-        }
-    )
-
-    task: Annotated[TaskDescription | None, Field(description="Generate, then answer.")] = None
-    adapter_id: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            max_length=64,
-            description=f"An adapter's id, or `{BASE_ADAPTER_ID}` for the base model itself.",
-        ),
-    ] = None
-    prompt: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=MAX_PROMPT_CHARACTERS,
-            description="Text to continue.",
-            examples=["Preheat the oven to"],
-        ),
-    ]
-    max_tokens: Annotated[
-        int, Field(ge=1, le=MAX_NEW_TOKENS, description="Most tokens to generate.")
-    ] = 64
-    temperature: Annotated[
-        float, Field(ge=0, le=MAX_TEMPERATURE, description="0 is greedy decoding.")
-    ] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1, description="Nucleus sampling mass.")] = 1.0
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="Seed of sampling.")] = 0
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOPS, description="Texts that end the completion, not included."),
-    ] = []
-
-    @model_validator(mode="after")
-    def _check_one_source(self) -> "InferRequest":
-        if (self.task is None) == (self.adapter_id is None):
-            raise ValueError("give exactly one of `task` and `adapter_id`")
-        return self
 
 
 class BundleInfo(BaseModel):
@@ -157,7 +41,13 @@ class NearestTaskInfo(BaseModel):
 class RecipeInfo(BaseModel):
     """Everything that determines an adapter, after normalisation."""
 
-    task: TaskDescription
+    task: Annotated[str, Field(description="Empty for a task by example.")]
+    examples: Annotated[
+        str, Field(description="sha256 of the example images; empty for a task in words.")
+    ]
+    encoder: Annotated[
+        str, Field(description="What read the task.", examples=["open_clip_text/ViT-L-14/openai"])
+    ]
     mode: str
     seed: int
     temperature: float
@@ -168,6 +58,7 @@ class AdapterInfo(BaseModel):
     """An adapter and where it came from."""
 
     adapter_id: AdapterId
+    modality: Modality
     recipe: RecipeInfo
     bundle: BundleInfo
     kind: Annotated[str, Field(description="Parameterisation.", examples=["core"])]
@@ -235,7 +126,7 @@ class Receipt(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """A completion."""
+    """A completion of a text."""
 
     text: str
     finish_reason: Annotated[
@@ -243,6 +134,42 @@ class InferResponse(BaseModel):
         Field(description="`stop`: end of text or a stop text. `length`: `max_tokens` reached."),
     ]
     usage: Usage
+    receipt: Receipt
+    cache: Annotated[
+        Literal["hit", "miss", "coalesced", "degraded"] | None,
+        Field(description="How the cache took part; null for an `adapter_id`."),
+    ]
+    degraded: Annotated[list[str], Field(description="Components that are lost.")]
+    milliseconds: Milliseconds
+
+
+class Detection(BaseModel):
+    """One object in an image."""
+
+    box: Annotated[
+        tuple[float, float, float, float],
+        Field(
+            description="Left, top, right, bottom in pixels of the image, turned upright.",
+            examples=[[24.0, 60.5, 310.2, 227.9]],
+        ),
+    ]
+    label: Annotated[str, Field(examples=["sofa"])]
+    score: Annotated[float, Field(description="Confidence, 0 to 1.", examples=[0.87])]
+
+
+class DetectionResponse(BaseModel):
+    """What was found in an image."""
+
+    boxes: Annotated[list[Detection], Field(description="By falling score.")]
+    width: Annotated[int, Field(description="Of the image in pixels, turned upright.")]
+    height: Annotated[int, Field(description="Of the image in pixels, turned upright.")]
+    rendered_png: Annotated[
+        str | None,
+        Field(
+            description="The image with the boxes drawn, a PNG in base64, large images made "
+            "smaller; null unless `render` asked for it."
+        ),
+    ]
     receipt: Receipt
     cache: Annotated[
         Literal["hit", "miss", "coalesced", "degraded"] | None,

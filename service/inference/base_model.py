@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,24 +19,36 @@ EMBEDDED_SMOLLM2 = "embedded:smollm2-135m-instruct"
 EMBEDDED_TINY = "embedded:tiny-random"
 """A Llama of 0.1 M random weights with a byte tokenizer, for tests and smoke runs."""
 
+BUNDLED_BASE = "bundle:base"
+"""The base model that lies in the bundle's own folder, as `base/`."""
+
+Modality = Literal["text", "detection"]
+
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen causal language model with its tokenizer.
+    """A frozen model with its tokenizer: a causal language model, or a Florence-2 for detection.
 
     Attributes:
-        reference: what it was loaded from (`embedded:...`, a folder or a hub id).
+        reference: what it was loaded from (`embedded:...`, `bundle:base`, a folder or a hub id).
         digest: sha256 of its source weights; adapters fit this digest only.
         model: transformers model in eval mode, gradients off.
         tokenizer: transformers tokenizer with a pad token.
+        processor: `Florence2Processor` of a detection base, None for text.
     """
 
     reference: str
     digest: str
     model: Any
     tokenizer: Any
+    processor: Any = None
+
+    @property
+    def modality(self) -> Modality:
+        """What it answers with: boxes where it has a processor of images, else text."""
+        return "text" if self.processor is None else "detection"
 
     @property
     def device(self) -> torch.device:
@@ -61,9 +73,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16, which this project trains and serves in."""
-    names = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+def resolve_dtype(name: str, auto: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """`auto` is bfloat16, which this project trains and serves in, where not said otherwise."""
+    names = {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if name not in names:
         raise InvalidInputError(f"dtype {name!r} is unknown: choose one of {sorted(names)}")
     return names[name]
@@ -75,21 +87,24 @@ def load_base_model(
     device: str = "auto",
     dtype: str = "auto",
     cache_dir: Path | None = None,
+    bundle_folder: Path | None = None,
 ) -> BaseModel:
     """Loads a frozen base model.
 
     Args:
-        reference: `embedded:smollm2-135m-instruct`, a folder in transformers' format, or a
-            hub id (downloaded by transformers where a hub is reachable).
+        reference: `embedded:smollm2-135m-instruct`, `bundle:base`, a folder in transformers'
+            format, or a hub id (downloaded by transformers where a hub is reachable). A folder
+            whose config names Florence-2 or the embedded detector is a detection base.
         device: `auto`, `cpu`, `cuda`, ...
-        dtype: `auto` (bfloat16), `bfloat16` or `float32`.
+        dtype: `auto` (bfloat16; float32 for the embedded detector, whose products are too small
+            for bfloat16 to gain), `bfloat16` or `float32`.
         cache_dir: where the dequantised embedded weights are kept.
+        bundle_folder: of the bundle that `bundle:base` belongs to.
 
     Raises:
         MissingDependencyError: the embedded weights are not installed.
         InvalidInputError: unknown embedded name or dtype, or a folder without weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of weights, which takes less than a second
@@ -97,15 +112,67 @@ def load_base_model(
         folder = prepare_embedded_model(reference, cache_dir)
         digest = json.loads((folder / "provenance.json").read_text())["source_sha256"]
     else:
-        folder = _local_folder(reference)
+        folder = _local_folder(reference, bundle_folder)
         digest = digest_weights(folder)
+    model: Any
+    match _read_model_type(folder):
+        case "florence2":
+            model, processor = _load_florence2(folder, resolve_dtype(dtype))
+        case "icm_embedded_detector":
+            from service.inference.embedded_detector import load_embedded_detector
+
+            if resolve_dtype(dtype, auto=torch.float32) is not torch.float32:
+                raise InvalidInputError(
+                    f"the embedded detector runs in float32, not {dtype}: choose auto"
+                )
+            model, processor = load_embedded_detector(folder)  # its image tower stays bfloat16
+        case _:
+            model, processor = _load_language_model(folder, resolve_dtype(dtype)), None
+    tokenizer = _load_tokenizer(folder) if processor is None else processor.tokenizer
+    model = model.to(resolve_device(device)).eval()
+    model.requires_grad_(False)
+    return BaseModel(reference, digest, model, tokenizer, processor)
+
+
+def _read_model_type(folder: Path) -> str:
+    """`model_type` of a folder's config.
+
+    Raises:
+        InvalidInputError: no readable config.json, or one for code outside transformers.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = str(config["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{folder} has no readable config.json of a model") from error
+    if model_type == "florence2" and "auto_map" in config:
+        raise InvalidInputError(
+            f"{folder} is a Florence-2 for code of its own, which is not run: take the weights "
+            "in transformers' format (florence-community/Florence-2-base)"
+        )
+    return model_type
+
+
+def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
-    model = model.to(resolve_device(device)).eval()
-    model.requires_grad_(False)
-    return BaseModel(reference, digest, model, tokenizer)
+    return tokenizer
+
+
+def _load_florence2(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+    model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def prepare_embedded_model(reference: str, cache_dir: Path | None = None) -> Path:
@@ -206,10 +273,14 @@ def digest_weights(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _local_folder(reference: str) -> Path:
+def _local_folder(reference: str, bundle_folder: Path | None) -> Path:
+    if reference == BUNDLED_BASE:
+        if bundle_folder is None:
+            raise InvalidInputError(f"{BUNDLED_BASE!r} means something beside a bundle only")
+        return bundle_folder / "base"
     if Path(reference).is_dir():
         return Path(reference)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "tokenizer*", "*.model"]
     return Path(snapshot_download(reference, allow_patterns=patterns))

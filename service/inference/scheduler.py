@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, runtime_checkable
 
 from service.errors import (
     DeadlineExceededError,
@@ -16,7 +16,7 @@ from service.errors import (
     NotReadyError,
     QueueFullError,
 )
-from service.inference.text import Completion, CompletionRequest, Result, TextEngine
+from service.inference.engine import AnswerT, Engine, RequestT
 
 _logger = logging.getLogger("service.scheduler")
 
@@ -34,18 +34,18 @@ class SchedulerObserver(Protocol):
         """The queue's length changed."""
 
     def on_tokens(self, count: int, /) -> None:
-        """A completion of so many tokens is done."""
+        """An answer of so many tokens is done."""
 
     def on_rejection(self, reason: str, /) -> None:
         """A request was refused: `queue_full`, `not_ready` or `deadline_exceeded`."""
 
 
 @dataclass(eq=False)
-class _Job:
+class _Job(Generic[RequestT, AnswerT]):
     """A request on its way; `abandoned` once nobody waits for it."""
 
-    request: CompletionRequest
-    future: asyncio.Future[Completion]
+    request: RequestT
+    future: asyncio.Future[AnswerT]
     loop: asyncio.AbstractEventLoop
     deadline: float  # time.monotonic
     submitted: float = field(default_factory=time.monotonic)
@@ -55,9 +55,9 @@ class _Job:
     def is_void(self) -> bool:
         return self.abandoned or time.monotonic() > self.deadline
 
-    def resolve(self, result: Result) -> None:
+    def resolve(self, result: AnswerT | IcmLoraError) -> None:
         """Hands the result to the waiting task; may be called from any thread."""
-        if isinstance(result, Completion):
+        if not isinstance(result, IcmLoraError):
             seconds = {"queue": self.started - self.submitted, **result.seconds}
             result = replace(result, seconds=seconds)
         try:
@@ -65,23 +65,23 @@ class _Job:
         except RuntimeError:  # its event loop is closed: nobody waits any more
             self.abandoned = True
 
-    def _set(self, result: Result) -> None:
+    def _set(self, result: AnswerT | IcmLoraError) -> None:
         if self.future.done():
             return
-        if isinstance(result, Completion):
-            self.future.set_result(result)
-        else:
+        if isinstance(result, IcmLoraError):
             self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
 
 
-class Scheduler:
+class Scheduler(Generic[RequestT, AnswerT]):
     """Batches waiting requests, with different adapters too, on one inference thread.
 
     A batch takes the requests that wait when the thread is free, oldest first, and is not
     held back for more unless `batch_window_seconds` says so.
 
     Args:
-        engine: completes a batch.
+        engine: answers a batch, of text or of images.
         max_queue: requests that may wait; further ones are refused.
         max_batch_rows: requests in one batch.
         batch_window_seconds: time that a batch which is not full waits for more.
@@ -93,7 +93,7 @@ class Scheduler:
 
     def __init__(
         self,
-        engine: TextEngine,
+        engine: Engine[RequestT, AnswerT],
         *,
         max_queue: int = 256,
         max_batch_rows: int = 16,
@@ -110,8 +110,8 @@ class Scheduler:
         self._max_batch_rows = max_batch_rows
         self._batch_window_seconds = batch_window_seconds
         self._observer = observer
-        self._queue: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._queue: deque[_Job[RequestT, AnswerT]] = deque()
+        self._running: list[_Job[RequestT, AnswerT]] = []
         self._changed = threading.Condition()
         self._is_open = False
         self._is_aborted = False
@@ -123,8 +123,8 @@ class Scheduler:
         self._is_open = True
         self._thread.start()
 
-    async def submit(self, request: CompletionRequest, deadline_seconds: float) -> Completion:
-        """Queues a request and waits for its completion.
+    async def submit(self, request: RequestT, deadline_seconds: float) -> AnswerT:
+        """Queues a request and waits for its answer.
 
         A caller that is cancelled gives its place up, in the queue and in a running batch.
 
@@ -136,7 +136,8 @@ class Scheduler:
         """
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + deadline_seconds
-        job = _Job(request, loop.create_future(), loop, deadline)
+        future: asyncio.Future[AnswerT] = loop.create_future()
+        job = _Job(request, future, loop, deadline)
         try:
             self._enqueue(job)
             async with asyncio.timeout(deadline_seconds):
@@ -144,7 +145,7 @@ class Scheduler:
         except TimeoutError:
             self._count_rejection(DeadlineExceededError.code)
             raise DeadlineExceededError(
-                f"not done within {deadline_seconds:g} seconds: ask for fewer tokens or try again"
+                f"not done within {deadline_seconds:g} seconds: ask for less or try again"
             ) from None
         finally:
             job.abandoned = True
@@ -172,7 +173,7 @@ class Scheduler:
                 job.resolve(NotReadyError("the service is shutting down: try another replica"))
             await asyncio.to_thread(self._thread.join, grace_seconds)
 
-    def _enqueue(self, job: _Job) -> None:
+    def _enqueue(self, job: _Job[RequestT, AnswerT]) -> None:
         refusal: QueueFullError | NotReadyError | None = None
         with self._changed:
             depth = len(self._queue)
@@ -190,7 +191,7 @@ class Scheduler:
             self._count_rejection(refusal.code)
             raise refusal
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: _Job[RequestT, AnswerT]) -> None:
         """Takes a job that nobody waits for out of the queue, so that others may wait."""
         with self._changed:
             if job in self._queue:
@@ -202,7 +203,7 @@ class Scheduler:
             if jobs:
                 self._run_batch(jobs)
 
-    def _collect(self) -> list[_Job] | None:
+    def _collect(self) -> list[_Job[RequestT, AnswerT]] | None:
         """Waits for requests and takes a batch of them; None once drained."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or not self._is_open)
@@ -213,7 +214,7 @@ class Scheduler:
                     lambda: len(self._queue) >= self._max_batch_rows or not self._is_open,
                     self._batch_window_seconds,
                 )
-            jobs: list[_Job] = []
+            jobs: list[_Job[RequestT, AnswerT]] = []
             while self._queue and len(jobs) < self._max_batch_rows:
                 job = self._queue.popleft()
                 if not job.is_void():  # its waiter is told by its own clock
@@ -223,7 +224,7 @@ class Scheduler:
             self._report_depth()
         return jobs
 
-    def _run_batch(self, jobs: list[_Job]) -> None:
+    def _run_batch(self, jobs: list[_Job[RequestT, AnswerT]]) -> None:
         started = time.monotonic()
         try:
             if self._observer is not None:
@@ -242,10 +243,10 @@ class Scheduler:
         self._running = []
         self._batch_seconds = time.monotonic() - started
 
-    def _deliver(self, job: _Job, result: Result) -> None:
+    def _deliver(self, job: _Job[RequestT, AnswerT], result: AnswerT | IcmLoraError) -> None:
         if isinstance(result, DeadlineExceededError):
             return  # abandoned: a waiter, where there is one, is told by its own clock
-        if self._observer is not None and isinstance(result, Completion):
+        if self._observer is not None and not isinstance(result, IcmLoraError):
             self._observer.on_tokens(result.completion_tokens)
         job.resolve(result)
 

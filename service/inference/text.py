@@ -3,16 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from service.adapters.slot_bank import SlotBank, SlotLease
+from service.adapters.slot_bank import SlotLease
 from service.errors import DeadlineExceededError, IcmLoraError, InvalidInputError
 from service.inference.base_model import BaseModel
 from service.inference.completion import Completion, CompletionRequest, GrowingText
 from service.inference.decode_batch import DecodeBatch, DecodeRow
-from service.synthesis.attachment import Attachment, choose_few_dtype
+from service.inference.engine import AdapterHost
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
 
@@ -25,8 +23,8 @@ MAX_PADDING_TOKENS = 2_048
 """Most padding that one batch may hold; requests of more different lengths run in turn."""
 
 
-class TextEngine:
-    """The base model, wrapped once, and the bank of adapters beside it.
+class TextEngine(AdapterHost):
+    """A language model that completes prompts.
 
     `complete` is for one thread at a time; `load` and `slots` may be used beside it.
 
@@ -47,8 +45,7 @@ class TextEngine:
         num_slots: int,
         max_prompt_tokens: int = 2_048,
     ) -> None:
-        assert layout.digest == bases.layout.digest, "the bases belong to another layout"
-        self.slots = SlotBank(layout, num_slots, base.device)
+        super().__init__(base, layout, bases, num_slots=num_slots)
         self._model = base.model
         self._tokenizer = base.tokenizer
         self._max_prompt_tokens = max_prompt_tokens
@@ -57,17 +54,6 @@ class TextEngine:
         )
         self._eos_ids = find_eos_ids(base)
         self._start_id = find_start_id(base)
-        self._attachment = Attachment(base.model, bases)
-        self._vectors_dtype = choose_few_dtype(next(base.model.parameters()))
-
-    def load(self, adapter_id: str, vector: Float[Tensor, " num_params"]) -> SlotLease:
-        """Makes an adapter resident; release the lease to let it be displaced again.
-
-        Raises:
-            InvalidAdapterError: the vector does not fit the layout or is not finite.
-            NoFreeSlotError: every slot is leased.
-        """
-        return self.slots.acquire(adapter_id, vector)
 
     def complete(
         self,
@@ -116,23 +102,26 @@ class TextEngine:
         is_abandoned: Callable[[int], bool],
     ) -> None:
         indices: dict[DecodeRow, int] = {}
+        leases: list[SlotLease] = []
         vectors: list[Tensor] = []
         for index, prompt_ids in prompts.items():
+            request = requests[index]
             try:
-                row, vector = self._build_row(requests[index], prompt_ids)
+                lease, vector = self._copy_adapter(request.adapter_id, request.vector)
             except IcmLoraError as error:
                 settle(index, error)
-            else:
-                indices[row] = index
-                vectors.append(vector)
+                continue
+            text = GrowingText(self._tokenizer, prompt_ids, request.stop)
+            indices[DecodeRow(request, prompt_ids, text, lease.slot, lease.generation)] = index
+            leases.append(lease)
+            vectors.append(vector)
         if not indices:
             return
-        all_base = all(row.request.adapter_id is None for row in indices)
         batch = DecodeBatch(
             self._model,
             self._attachment,
             list(indices),
-            None if all_base else torch.cat(vectors).to(self._vectors_dtype),
+            self._stack_rows(leases, vectors),
             self._eos_ids,
             pad_id=self._tokenizer.pad_token_id,
         )
@@ -144,15 +133,6 @@ class TextEngine:
             for row in batch.step() if batch.rows else []:
                 seconds = batch.measure_seconds()
                 settle(indices[row], row.error or row.build_completion(seconds))
-
-    def _build_row(
-        self, request: CompletionRequest, prompt_ids: list[int]
-    ) -> tuple[DecodeRow, Float[Tensor, "1 num_params"]]:
-        """A row and a copy of its adapter, so that no slot stays taken while it is decoded."""
-        with self.slots.acquire(request.adapter_id, request.vector) as lease:
-            vector = self.slots.gather([lease])
-        text = GrowingText(self._tokenizer, prompt_ids, request.stop)
-        return DecodeRow(request, prompt_ids, text, lease.slot, lease.generation), vector
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         prompt_ids: list[int] = self._tokenizer(request.prompt)["input_ids"]

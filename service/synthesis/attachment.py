@@ -92,7 +92,7 @@ class AdaptedLinear(nn.Module):
         """Base output plus the update of each row's adapter."""
         vectors = self.rows.vectors
         if vectors is not None and self.group is not None:
-            together = self.group.compute(self, x, vectors)
+            together = self.group.compute(self, x)
             if together is not None:
                 return together
         y = functional.linear(x, self.base.weight, self.base.bias)
@@ -169,19 +169,19 @@ class DecodeGroup:
             start = sum(self._spans[-1]) if self._spans else 0
             self._spans.append((start, module.module.out_features))
             module.group, module.position = self, position
-        self._vectors: Tensor | None = None
+        self._tensors: dict[tuple[str, str], Tensor] = {}  # of the rows that `_cores` are of
         self._cores: Float[Tensor, "rows_n r r"] | None = None  # R^T; None: not for these rows
         self._input: Tensor | None = None
         self._updates: Float[Tensor, "rows 1 outs"] | None = None
 
-    def compute(self, module: AdaptedLinear, x: Tensor, vectors: Tensor) -> Tensor | None:
+    def compute(self, module: AdaptedLinear, x: Tensor) -> Tensor | None:
         """A module's output `[rows, 1, out]`, its update included.
 
         None where this is no decode step without gradients with an adapter for every row, or
         where the group's first module was given another input.
         """
-        if vectors is not self._vectors:
-            self._stack_cores(vectors)
+        if self._rows.tensors is not self._tensors:
+            self._stack_cores()
         if module.position > 0:
             if x is not self._input or self._updates is None:
                 return None
@@ -190,23 +190,25 @@ class DecodeGroup:
                 self._input = None
             return functional.linear(x, self._weights[module.position]).add_(part)
         cores, size = self._cores, x.shape
-        if cores is None or len(size) != 3 or size[0] != vectors.shape[0] or size[1] != 1:
+        if cores is None or len(size) != 3 or size[1] != 1:
+            return None
+        if size[0] * len(self._keys) != cores.shape[0]:
             return None
         if torch.is_grad_enabled():
             return None
         y = functional.linear(x, self._extended)  # [rows, 1, out + n * r]
-        start, out = self._spans[0]
+        out = self._spans[0][1]
         hidden = y.narrow(2, out, self._up.shape[0]).to(self._few_dtype).contiguous()
         hidden = torch.bmm(hidden.view(-1, 1, cores.shape[-1]), cores).view(size[0], -1)
         self._updates = torch.mm(hidden, self._up).to(x.dtype).unsqueeze(1)  # [rows, 1, outs]
         self._input = x if len(self._spans) > 1 else None
-        return y.narrow(2, start, out) + self._updates.narrow(2, start, out)
+        return y.narrow(2, 0, out) + self._updates.narrow(2, 0, out)
 
-    def _stack_cores(self, vectors: Tensor) -> None:
+    def _stack_cores(self) -> None:
         """`R^T` of every row and module, once per assignment of `rows.vectors`."""
-        self._vectors, self._cores, self._input = vectors, None, None
-        if 1 < vectors.shape[0] <= FEW_TOKENS and vectors.dtype == self._few_dtype:
-            cores = [self._rows.tensors[key].mT for key in self._keys]
+        self._tensors, self._cores, self._input = self._rows.tensors, None, None
+        cores = [self._tensors[key].mT for key in self._keys]
+        if 1 < cores[0].shape[0] <= FEW_TOKENS and cores[0].dtype == self._few_dtype:
             self._cores = torch.stack(cores, dim=1).flatten(0, 1)
 
 
@@ -216,23 +218,20 @@ class Attachment:
     def __init__(self, model: nn.Module, bases: AdapterBases) -> None:
         self.layout = bases.layout
         self.rows = AdapterRows(self.layout)
+        self._adapted: dict[str, AdaptedLinear] = {}
         model.requires_grad_(False)
         for module in self.layout.modules:
             base = model.get_submodule(module.path)
             assert isinstance(base, nn.Linear), f"{module.path} is {type(base).__name__}"
-            adapted = AdaptedLinear(base, module, bases, self.rows)
-            model.set_submodule(module.path, adapted, strict=True)
+            self._adapted[module.path] = AdaptedLinear(base, module, bases, self.rows)
+            model.set_submodule(module.path, self._adapted[module.path], strict=True)
         if self.layout.kind is AdapterKind.CORE:
-            self._group_modules(model)
+            self._group_modules()
 
-    def _group_modules(self, model: nn.Module) -> None:
+    def _group_modules(self) -> None:
         """Groups modules that their parent feeds alike; the others are groups of one."""
-        left: dict[str, AdaptedLinear] = {}
-        for entry in self.layout.modules:
-            adapted = model.get_submodule(entry.path)
-            assert isinstance(adapted, AdaptedLinear)
-            left[entry.path] = adapted
-        for path in list(left):
+        left = dict(self._adapted)
+        for path in self._adapted:
             parent, _, role = path.rpartition(".")
             alike = next((roles for roles in SHARED_INPUTS if role in roles), (role,))
             names = [f"{parent}.{each}" if parent else each for each in alike]
@@ -242,10 +241,8 @@ class Attachment:
 
     def detach(self, model: nn.Module) -> None:
         """Puts the original linears back."""
-        for module in self.layout.modules:
-            wrapped = model.get_submodule(module.path)
-            assert isinstance(wrapped, AdaptedLinear)
-            model.set_submodule(module.path, wrapped.base, strict=True)
+        for path, adapted in self._adapted.items():
+            model.set_submodule(path, adapted.base, strict=True)
 
 
 def initial_vector(layout: AdapterLayout, seed: int) -> Float[Tensor, " num_params"]:

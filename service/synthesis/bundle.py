@@ -6,6 +6,7 @@
     bases.safetensors           frozen bases shared by all adapters (float16)
     statistics.safetensors      normaliser: mean adapter, scale per tensor
     task_vectors.safetensors    training descriptions' task vectors, row i of task `owner[i]`
+    base/                       the base model, where the bundle ships its own
 
 The bundle's digest is the sha256 of bundle.json, which pins every byte of it. No adapter that
 was trained for a single task is inside.
@@ -36,6 +37,10 @@ from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 
 FORMAT_VERSION = 1
+
+BASE_FOLDER = "base"
+"""Folder inside a bundle that ships its own base model (reference `bundle:base`)."""
+
 _FILES = ("decoder", "bases", "statistics", "task_vectors")
 
 
@@ -53,6 +58,7 @@ class Bundle:
     """A validated bundle in memory.
 
     Attributes:
+        folder: where it lies.
         name: of the bundle, for people.
         version: of the bundle, for people.
         modality: what its base answers with: `text` or `detection`.
@@ -74,6 +80,7 @@ class Bundle:
         provenance: recipe, seeds and commit that made it.
     """
 
+    folder: Path
     name: str
     version: str
     modality: str
@@ -162,6 +169,8 @@ def write_bundle(
         body = save({key: tensor.cpu().contiguous() for key, tensor in contents[stem].items()})
         (folder / f"{stem}.safetensors").write_bytes(body)
         digests[f"{stem}.safetensors"] = hashlib.sha256(body).hexdigest()
+    for path in _list_base(folder):
+        digests[path.relative_to(folder).as_posix()] = _hash_file(path)
     document = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -205,7 +214,8 @@ def read_bundle(folder: Path) -> Bundle:
                 "use the release that wrote it, or train it again"
             )
         state = {stem: _read_file(folder, stem, document["files"]) for stem in _FILES}
-        return _assemble(document, state, hashlib.sha256(raw).hexdigest())
+        _check_base_files(folder, document["files"])
+        return _assemble(folder, document, state, hashlib.sha256(raw).hexdigest())
     except InvalidBundleError:
         raise
     except IcmLoraError as error:
@@ -238,8 +248,28 @@ def _read_file(folder: Path, stem: str, digests: Mapping[str, str]) -> dict[str,
     return tensors
 
 
+def _list_base(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / BASE_FOLDER).rglob("*") if path.is_file())
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_base_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """A base that lies in the bundle is exactly the one that was written with it."""
+    found = {path.relative_to(folder).as_posix(): _hash_file(path) for path in _list_base(folder)}
+    wanted = {name: value for name, value in digests.items() if name.startswith(f"{BASE_FOLDER}/")}
+    if wrong := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
+        raise InvalidBundleError(f"bundle in {folder}: {wrong[0]} is missing, altered or unknown")
+
+
 def _assemble(
-    document: Mapping[str, Any], state: Mapping[str, dict[str, Tensor]], digest: str
+    folder: Path,
+    document: Mapping[str, Any],
+    state: Mapping[str, dict[str, Tensor]],
+    digest: str,
 ) -> Bundle:
     layout = AdapterLayout.from_json(document["layout"])
     generator = GeneratorConfig.from_json(document["generator"])
@@ -258,6 +288,7 @@ def _assemble(
     if quantiles.ndim != 1 or not len(quantiles):
         raise InvalidBundleError(f"similarity quantiles have shape {tuple(quantiles.shape)}")
     return Bundle(
+        folder=folder,
         name=document["name"],
         version=document["version"],
         modality=document["modality"],

@@ -5,12 +5,12 @@ import json
 import math
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,11 @@ from torch import Tensor
 
 from service.errors import InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
 from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 VECTOR_DTYPE = torch.float16
 """Dtype of a generated adapter vector: what is hashed, cached, served and exported."""
@@ -45,6 +49,8 @@ class AdapterRecipe:
         temperature: standard deviation of z; 0 in mode `mode`.
         strength: factor on the whole update; 1 is as generated.
         bundle_digest: generator that makes it.
+        examples: sha256 of the example images that describe the task instead of words, which
+            are then empty; empty for a task in words.
     """
 
     tenant: str
@@ -54,6 +60,7 @@ class AdapterRecipe:
     temperature: float
     strength: float
     bundle_digest: str
+    examples: str = ""
 
     @classmethod
     def build(
@@ -72,6 +79,55 @@ class AdapterRecipe:
         Raises:
             InvalidInputError: an empty or over-long description, or a number out of range.
         """
+        return cls._build(
+            normalize_description(task),
+            "",
+            bundle_digest,
+            mode,
+            seed,
+            temperature,
+            strength,
+            tenant,
+        )
+
+    @classmethod
+    def build_from_images(
+        cls,
+        images: Sequence[bytes],
+        *,
+        bundle_digest: str,
+        mode: str = "mode",
+        seed: int = 0,
+        temperature: float = 1.0,
+        strength: float = 1.0,
+        tenant: str = "public",
+    ) -> "AdapterRecipe":
+        """As `build`, for a task that example images describe: the same files, the same id.
+
+        Raises:
+            InvalidInputError: no images, or a number out of range.
+        """
+        if not images:
+            raise InvalidInputError("a task by example needs at least one image")
+        total = hashlib.sha256()
+        for image in images:
+            total.update(hashlib.sha256(image).digest())
+        return cls._build(
+            "", total.hexdigest(), bundle_digest, mode, seed, temperature, strength, tenant
+        )
+
+    @classmethod
+    def _build(
+        cls,
+        task: str,
+        examples: str,
+        bundle_digest: str,
+        mode: str,
+        seed: int,
+        temperature: float,
+        strength: float,
+        tenant: str,
+    ) -> "AdapterRecipe":
         if mode not in set(GenerationMode):
             raise InvalidInputError(f"mode {mode!r} is unknown: use mode or sample")
         if not 0 <= seed < 2**63:
@@ -83,12 +139,13 @@ class AdapterRecipe:
         sampled = mode == GenerationMode.SAMPLE
         return cls(
             tenant=tenant,
-            task=normalize_description(task),
+            task=task,
             mode=GenerationMode(mode),
             seed=seed if sampled else 0,
             temperature=float(temperature) if sampled else 0.0,
             strength=float(strength),
             bundle_digest=bundle_digest,
+            examples=examples,
         )
 
     @cached_property
@@ -98,8 +155,11 @@ class AdapterRecipe:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionary."""
-        return asdict(self)
+        """Plain dictionary; `examples` only where there are some."""
+        body = asdict(self)
+        if not self.examples:
+            del body["examples"]
+        return body
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "AdapterRecipe":
@@ -182,28 +242,47 @@ class Synthesizer:
     Each description is decoded alone, so what else is asked for at the same time cannot change
     a bit of the result. Safe to call from several threads.
 
+    Args:
+        bundle: the generator.
+        encoder: the bundle's encoder of words.
+        device: where the decoder runs.
+        image_encoder: reads example images, for bundles that take them.
+
     Raises:
         TaskEncoderMismatchError: the encoder is not the one that the bundle was trained with.
     """
 
-    def __init__(self, bundle: Bundle, encoder: TaskEncoder, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        encoder: TaskEncoder,
+        device: str = "cpu",
+        image_encoder: ImageEncoder | None = None,
+    ) -> None:
         bundle.check_encoder(encoder.encoder_id)
         self.bundle = bundle
-        self._encoder = encoder
+        self.encoder = encoder
+        self.image_encoder = image_encoder
         self._device = torch.device(device)
         self._decoder = bundle.decoder.to(self._device)
 
-    def synthesize(self, recipe: AdapterRecipe) -> SynthesizedAdapter:
+    def synthesize(
+        self, recipe: AdapterRecipe, images: Sequence["Image"] | None = None
+    ) -> SynthesizedAdapter:
         """Generates the recipe's adapter; blocking.
 
+        Args:
+            recipe: what to generate.
+            images: the example images, where the recipe was built from some.
+
         Raises:
-            InvalidInputError: the recipe is another bundle's.
+            InvalidInputError: the recipe is another bundle's, or the bundle takes no images.
             InvalidAdapterError: the result is not finite in float16.
         """
         if recipe.bundle_digest != self.bundle.digest:
             raise InvalidInputError("the recipe belongs to another bundle")
         started = time.perf_counter()
-        task_vector = self._encoder.encode([recipe.task])[0]
+        task_vector = self._encode(recipe, images)
         encoded = time.perf_counter()
         vector = self.decode(task_vector, recipe)
         decoded = time.perf_counter()
@@ -215,6 +294,24 @@ class Synthesizer:
             in_distribution=self._score(nearest[0].similarity),
             seconds={"encode": encoded - started, "decode": decoded - encoded},
         )
+
+    def similarity(self, task: str) -> float:
+        """Cosine of a description to the nearest training wording, -1 to 1.
+
+        Raises:
+            InvalidInputError: an empty or over-long description.
+        """
+        return self._rank_tasks(self.encoder.encode([normalize_description(task)])[0])[0].similarity
+
+    def _encode(self, recipe: AdapterRecipe, images: Sequence["Image"] | None) -> Tensor:
+        if not recipe.examples:
+            return self.encoder.encode([recipe.task])[0]
+        if self.image_encoder is None:
+            raise InvalidInputError(
+                f"bundle {self.bundle.name} has no image encoder: describe the task in words"
+            )
+        assert images, "a recipe of example images came without them"
+        return self.image_encoder.encode_examples(images)
 
     def decode(
         self, task_vector: Float[Tensor, " dim"], recipe: AdapterRecipe
@@ -260,5 +357,22 @@ def load_synthesizer(folder: Path, device: str = "cpu") -> Synthesizer:
     Raises:
         InvalidBundleError: the bundle cannot be trusted, or its encoder cannot be built.
     """
-    bundle = read_bundle(folder)
-    return Synthesizer(bundle, build_task_encoder(bundle.encoder_spec, device), device)
+    return build_synthesizer(read_bundle(folder), device)
+
+
+def build_synthesizer(
+    bundle: Bundle, device: str = "cpu", encoder: TaskEncoder | None = None
+) -> Synthesizer:
+    """Builds the encoders that a bundle names.
+
+    Args:
+        bundle: the generator.
+        device: where everything runs.
+        encoder: the encoder of words, where it is loaded already (for another bundle).
+
+    Raises:
+        InvalidBundleError: an encoder cannot be built, or `encoder` is not the bundle's.
+    """
+    encoder = encoder or build_task_encoder(bundle.encoder_spec, device)
+    images = build_image_encoder(bundle.encoder_spec, encoder)
+    return Synthesizer(bundle, encoder, device, images)

@@ -1,4 +1,4 @@
-"""`make bench`: latency from words to a resident adapter, and mixed-adapter decoding.
+"""`make bench`: latency from words to a resident adapter, and mixed-adapter batches.
 
 Every number is measured here and compared with its target; a missed target is exit status 1.
 Latencies are seen by an HTTP client on this machine. Two services share one Redis, so that
@@ -20,6 +20,7 @@ from typing import Any
 
 from service.demo import find_free_port, post_json, running_service
 from tests.bench.decode import measure_decode
+from tests.bench.detection import measure_detection
 from training.checkpoint import write_text
 from training.evaluation.report import describe_hardware
 from training.pipeline import describe_commit
@@ -59,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
-    rows = [*measure_latencies(), *_measure_engine()]
+    rows = [*measure_latencies(), *_measure_engine(), *_measure_detection()]
     print("\n".join(row.render() for row in rows))
     if arguments.out:
         document = {
@@ -105,10 +106,22 @@ def _measure_engine() -> list[Measurement]:
     ]
 
 
+def _measure_detection() -> list[Measurement]:
+    detection = measure_detection()
+    return [
+        Measurement(
+            "detection: 8 adapters / 8 base rows, images/s", detection.ratio, "x", 0.90, False
+        ),
+        Measurement(
+            "detection: boxes of the batch as one by one", float(detection.identical), "", 1, False
+        ),
+    ]
+
+
 def _generate(url: str, task: str, cache: str | None = None) -> float:
     """Milliseconds that a client waits for an adapter to be resident."""
     started = time.perf_counter()
-    answer = post_json(url, "/generate-lora", {"task": task})
+    answer = post_json(url, "/generate-lora", {"task": task, "modality": "text"})
     elapsed = time.perf_counter() - started
     if cache is not None and (answer["cache"] != cache or answer["degraded"]):
         raise SystemExit(f"expected cache {cache}, got {answer['cache']} {answer['degraded']}")
@@ -116,7 +129,7 @@ def _generate(url: str, task: str, cache: str | None = None) -> float:
 
 
 def _stage_medians(url: str, tasks: list[str]) -> dict[str, float]:
-    body: dict[str, Any] = {"cache": "bypass"}
+    body: dict[str, Any] = {"cache": "bypass", "modality": "text"}
     answers = [post_json(url, "/generate-lora", {**body, "task": task}) for task in tasks[:20]]
     names = answers[0]["milliseconds"]
     return {n: round(_quantile([a["milliseconds"][n] for a in answers], 50), 2) for n in names}

@@ -11,7 +11,9 @@ def test_demo_shows_two_different_answers(capfd: pytest.CaptureFixture[str]) -> 
     assert run_demo() == 0
     output = capfd.readouterr().out
     answers = output.split("--- POST /infer")[1:]
-    assert len(answers) == 2
+    assert len(answers) == 4  # text, then detection: base and adapter each
     assert answers[0].splitlines()[1] != answers[1].splitlines()[1]
+    assert "sofa" not in answers[2].splitlines()[1]
+    assert "sofa" in answers[3].splitlines()[1]
     assert "icm_lora_generated_tokens_total" in output
     assert '"recipes": ' in output

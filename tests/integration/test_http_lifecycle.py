@@ -85,6 +85,7 @@ def service(
         tmp_path,
         port=str(port),
         bundle=str(tiny_bundle.folder),
+        detection_bundle="none",
         cache_dir=str(tiny_bundle.cache_dir),
         device="cpu",
         dtype="float32",
@@ -121,9 +122,8 @@ def test_life_of_a_process(service: ServiceProcess) -> None:
     assert infer(4).json()["degraded"] == []
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(infer, 400)
-        service.wait_until(
-            "decoding", lambda: service.read_metric("icm_lora_batch_rows_count") == 2
-        )
+        batches = 'icm_lora_batch_rows_count{modality="text"}'
+        service.wait_until("decoding", lambda: service.read_metric(batches) == 2)
         service.process.send_signal(signal.SIGTERM)
         service.wait_until("draining", lambda: not service.is_ready())
         draining = client.get("/health/ready")

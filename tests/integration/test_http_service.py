@@ -218,7 +218,7 @@ def test_prompt_over_the_token_limit_is_refused(client: httpx2.Client) -> None:
 
 
 def test_body_over_the_limit_is_refused(client: httpx2.Client) -> None:
-    response = client.post("/generate-lora", json={"task": "x" * 300_000})
+    response = client.post("/generate-lora", json={"task": "x" * 13_000_000})
     assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
@@ -242,11 +242,11 @@ def test_metrics_count_what_happened_with_bounded_labels(client: httpx2.Client) 
     assert grown("icm_lora_cache_lookups_total", tier="process", result="hit") == 2
     assert grown("icm_lora_adapters_generated_total", cache="miss") == 1
     assert grown("icm_lora_generated_tokens_total") == answer["usage"]["completion_tokens"]
-    assert grown("icm_lora_batch_rows_count") == 1
-    assert after["icm_lora_slots", (("state", "total"),)] == 8
-    assert after["icm_lora_slots", (("state", "resident"),)] >= 1
-    assert after["icm_lora_slots", (("state", "leased"),)] == 0
-    assert after["icm_lora_queue_depth", ()] == 0
+    assert grown("icm_lora_batch_rows_count", modality="text") == 1
+    assert after["icm_lora_slots", (("modality", "text"), ("state", "total"))] == 8
+    assert after["icm_lora_slots", (("modality", "text"), ("state", "resident"))] >= 1
+    assert after["icm_lora_slots", (("modality", "text"), ("state", "leased"))] == 0
+    assert after["icm_lora_queue_depth", (("modality", "text"),)] == 0
     assert not any(adapter["adapter_id"] in str(key) for key in after)
     assert any(name == "icm_lora_build_info" for name, _ in after)
 

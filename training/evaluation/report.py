@@ -1,4 +1,4 @@
-"""Reports of an evaluation: JSON, a Markdown table and a bar chart."""
+"""Reports of the text suite: JSON, a Markdown table and a bar chart."""
 
 import json
 import os
@@ -52,20 +52,30 @@ def render_table(results: Sequence[TaskResult]) -> str:
     return "\n".join(lines)
 
 
+def write_document(
+    folder: Path,
+    bundle: Bundle,
+    settings: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, object]],
+) -> None:
+    """Writes evaluation.json: what was measured, of which bundle, how and on what."""
+    document = {
+        "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+        "provenance": {k: v for k, v in bundle.provenance.items() if k != "recipe"},
+        "hardware": describe_hardware(),
+        "settings": dict(settings),
+        "tasks": list(tasks),
+    }
+    write_text(folder / "evaluation.json", json.dumps(document, indent=1) + "\n")
+
+
 def write_report(
     folder: Path, results: Sequence[TaskResult], bundle: Bundle, settings: Mapping[str, Any]
 ) -> None:
     """Writes evaluation.json, evaluation.md and evaluation.png."""
     from training.figures import draw_perplexities
 
-    document = {
-        "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
-        "provenance": {k: v for k, v in bundle.provenance.items() if k != "recipe"},
-        "hardware": describe_hardware(),
-        "settings": dict(settings),
-        "tasks": to_json(results),
-    }
-    write_text(folder / "evaluation.json", json.dumps(document, indent=1) + "\n")
+    write_document(folder, bundle, settings, to_json(results))
     header = (
         f"Held-out perplexity, bundle `{bundle.name}` {bundle.version} "
         f"(`{bundle.digest[:12]}`, recipe `{bundle.provenance['recipe_digest'][:12]}`, "

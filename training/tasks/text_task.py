@@ -53,13 +53,7 @@ class TextTask:
                 raise InvalidTaskDataError(
                     f"text task {self.name!r}: {field} is empty or holds an empty text"
                 )
-        seen = {normalize_wording(wording) for wording in self.descriptions}
-        for wording in self.heldout_descriptions:
-            if normalize_wording(wording) in seen:
-                raise InvalidTaskDataError(
-                    f"text task {self.name!r}: {wording!r} is both a training and a held-out "
-                    "description; word the held-out one differently"
-                )
+        check_wordings(f"text task {self.name!r}", self.descriptions, self.heldout_descriptions)
 
 
 def build_task(
@@ -78,6 +72,23 @@ def build_task(
         train=tuple(train),
         test=tuple(test),
     )
+
+
+def check_wordings(
+    place: str, descriptions: Sequence[str], heldout_descriptions: Sequence[str]
+) -> None:
+    """Check that held-out wordings are indeed held out; `place` says in errors whose they are.
+
+    Raises:
+        InvalidTaskDataError: a wording is both a training and a held-out one.
+    """
+    seen = {normalize_wording(wording) for wording in descriptions}
+    for wording in heldout_descriptions:
+        if normalize_wording(wording) in seen:
+            raise InvalidTaskDataError(
+                f"{place}: {wording!r} is both a training and a held-out description; "
+                "word the held-out one differently"
+            )
 
 
 def normalize_wording(wording: str) -> str:
@@ -143,6 +154,6 @@ def select_names(known: Sequence[str], names: Sequence[str] | None) -> tuple[str
     wanted = tuple(known) if names is None else tuple(names)
     unknown = [name for name in wanted if name not in known]
     if unknown or len(set(wanted)) != len(wanted):
-        problem = f"unknown text task {', '.join(map(repr, unknown))}" if unknown else "repeated"
+        problem = f"unknown task {', '.join(map(repr, unknown))}" if unknown else "repeated"
         raise InvalidInputError(f"{problem} in {list(wanted)}; known: {', '.join(known)}")
     return wanted

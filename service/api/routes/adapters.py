@@ -27,19 +27,19 @@ async def list_adapters(
     offset: Annotated[int, Query(ge=0, description="Adapters to skip.")] = 0,
 ) -> AdapterList:
     """Adapters that this process holds, the most recently used first; Redis may hold more."""
-    records = resources.provider.list()
-    page = records[offset : offset + limit]
+    found = resources.list_adapters()
+    page = found[offset : offset + limit]
     return AdapterList(
-        adapters=[build_adapter_info(record, resources.bundle) for record in page],
-        total=len(records),
+        adapters=[build_adapter_info(record, service) for record, service in page],
+        total=len(found),
     )
 
 
 @router.get("/v1/adapters/{adapter_id}", responses=_MISSING)
 async def read_adapter(adapter_id: AdapterIdDep, resources: ResourcesDep) -> AdapterInfo:
     """What is known about an adapter."""
-    record = await resources.find(adapter_id)
-    return build_adapter_info(record, resources.bundle)
+    record, service = await resources.find(adapter_id)
+    return build_adapter_info(record, service)
 
 
 @router.delete("/v1/adapters/{adapter_id}", responses=_MISSING)
@@ -49,8 +49,7 @@ async def delete_adapter(adapter_id: AdapterIdDep, resources: ResourcesDep) -> A
     Other replicas keep what they hold in memory until it expires. Where `degraded` names
     Redis, Redis could not be asked and may keep the adapter until it expires.
     """
-    degraded = await resources.provider.delete(adapter_id)
-    resources.engine.slots.evict(adapter_id)
+    degraded = await resources.delete(adapter_id)
     return AdapterDeletion(adapter_id=adapter_id, degraded=["redis"] if degraded else [])
 
 
@@ -67,8 +66,8 @@ async def delete_adapter(adapter_id: AdapterIdDep, resources: ResourcesDep) -> A
 )
 async def download_adapter(adapter_id: AdapterIdDep, resources: ResourcesDep) -> Response:
     """The adapter as a PEFT LoRA directory, which `peft.PeftModel.from_pretrained` loads."""
-    record = await resources.find(adapter_id)
-    bundle = resources.bundle
+    record, service = await resources.find(adapter_id)
+    bundle = service.bundle
     content = await asyncio.to_thread(
         zip_peft_adapter, bundle.layout, bundle.bases, record.vector, bundle.base_reference
     )

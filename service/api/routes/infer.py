@@ -1,4 +1,4 @@
-"""Completions, by an adapter or (only when asked for by name) by the base model."""
+"""Completions and detections, by an adapter or (only when asked for by name) by the base model."""
 
 import asyncio
 import time
@@ -6,29 +6,32 @@ import time
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 
-from service.adapters.provider import Provided
-from service.adapters.record import AdapterRecord
-from service.api.answers import build_bundle_info, to_milliseconds
-from service.api.dependencies import ResourcesDep, parse_adapter_id
+from service.api.answers import build_receipt, to_milliseconds
+from service.api.bodies import InferBody, document_infer_body
+from service.api.dependencies import ResourcesDep
+from service.api.detection_answer import detect_objects
 from service.api.error_handlers import (
     BodyTooLargeError,
     InvalidRequestError,
     MalformedRequestError,
 )
 from service.api.openapi import document_problems
+from service.api.requests import InferRequest
 from service.api.resources import Resources
-from service.api.schemas import BASE_ADAPTER_ID, InferRequest, InferResponse, Receipt, Usage
+from service.api.schemas import DetectionResponse, InferResponse, Usage
+from service.api.sources import find_source
 from service.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,
     InvalidAdapterError,
+    InvalidImageError,
     InvalidInputError,
     NoFreeSlotError,
     NotReadyError,
     QueueFullError,
+    WrongModalityError,
 )
 from service.inference.completion import CompletionRequest
-from service.synthesis.synthesizer import AdapterRecipe
 
 router = APIRouter(tags=["inference"])
 
@@ -41,17 +44,20 @@ router = APIRouter(tags=["inference"])
         BodyTooLargeError,
         InvalidRequestError,
         InvalidInputError,
+        InvalidImageError,
+        WrongModalityError,
         InvalidAdapterError,
         QueueFullError,
         NoFreeSlotError,
         NotReadyError,
         DeadlineExceededError,
     ),
+    openapi_extra=document_infer_body(),
 )
-async def complete_prompt(
-    body: InferRequest, request: Request, resources: ResourcesDep
-) -> InferResponse:
-    """Completes a prompt with an adapter, generating it first where a task is given.
+async def infer(
+    resources: ResourcesDep, body: InferBody, request: Request
+) -> InferResponse | DetectionResponse:
+    """Completes a prompt, or finds objects in an image; a task's adapter is generated first.
 
     An unknown adapter is an error: the base model never answers in its place.
     """
@@ -67,18 +73,19 @@ async def complete_prompt(
         gone.cancel()
 
 
-async def _answer(body: InferRequest, resources: Resources) -> InferResponse:
+async def _answer(body: InferRequest, resources: Resources) -> InferResponse | DetectionResponse:
+    if body.image is None:
+        return await _complete_prompt(body, resources)
+    return await detect_objects(body, resources)
+
+
+async def _complete_prompt(body: InferRequest, resources: Resources) -> InferResponse:
     started = time.perf_counter()
-    record: AdapterRecord | None = None
-    provided: Provided | None = None
-    seconds: dict[str, float] = {}
-    if body.task is not None:
-        recipe = AdapterRecipe.build(task=body.task, bundle_digest=resources.bundle.digest)
-        provided, seconds = await resources.provide(recipe, "use", None)
-        record = provided.record
-    elif body.adapter_id is not None and body.adapter_id != BASE_ADAPTER_ID:
-        record = await resources.find(parse_adapter_id(body.adapter_id))
-    completion = await resources.scheduler.submit(
+    service = resources.need_text()
+    source = await find_source(body, resources, service)
+    record = source.record
+    assert body.prompt is not None, "the schema asks for a prompt where there is no image"
+    completion = await service.answer(
         CompletionRequest(
             prompt=body.prompt,
             adapter_id=None if record is None else record.adapter_id,
@@ -88,8 +95,7 @@ async def _answer(body: InferRequest, resources: Resources) -> InferResponse:
             top_p=body.top_p,
             seed=body.seed,
             stop=tuple(body.stop),
-        ),
-        resources.settings.request_deadline_seconds,
+        )
     )
     return InferResponse(
         text=completion.text,
@@ -99,17 +105,11 @@ async def _answer(body: InferRequest, resources: Resources) -> InferResponse:
             completion_tokens=completion.completion_tokens,
             total_tokens=completion.prompt_tokens + completion.completion_tokens,
         ),
-        receipt=Receipt(
-            adapter_id=BASE_ADAPTER_ID if record is None else record.adapter_id,
-            vector_sha256=None if record is None else record.vector_sha256,
-            slot=completion.slot,
-            generation=completion.generation,
-            bundle=build_bundle_info(resources.bundle),
-        ),
-        cache=None if provided is None else provided.cache,
-        degraded=resources.list_degraded(provided),
+        receipt=build_receipt(record, service.bundle, completion.slot, completion.generation),
+        cache=source.cache,
+        degraded=resources.list_degraded(source.provided),
         milliseconds=to_milliseconds(
-            {**seconds, **completion.seconds}, time.perf_counter() - started
+            {**source.seconds, **completion.seconds}, time.perf_counter() - started
         ),
     )
 

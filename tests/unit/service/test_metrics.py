@@ -16,7 +16,7 @@ def read_samples(metrics: ServiceMetrics) -> dict[tuple[str, tuple[tuple[str, st
 
 def test_two_services_do_not_share_a_registry() -> None:
     first, second = ServiceMetrics(False), ServiceMetrics(False)
-    first.on_tokens(3)
+    first.observe_batches("text").on_tokens(3)
     assert read_samples(first)["icm_lora_generated_tokens_total", ()] == 3
     assert read_samples(second)["icm_lora_generated_tokens_total", ()] == 0
 
@@ -44,21 +44,35 @@ def test_redis_gauges_exist_only_with_redis_and_follow_it() -> None:
 def test_slots_are_counted_when_scraped() -> None:
     metrics = ServiceMetrics(False)
     counts = {"total": 4, "resident": 1, "leased": 0}
-    metrics.watch_slots(counts.__getitem__)
+    metrics.watch_slots("text", counts.__getitem__)
     counts["resident"] = 2
-    assert read_samples(metrics)["icm_lora_slots", (("state", "resident"),)] == 2
+    resident = (("modality", "text"), ("state", "resident"))
+    assert read_samples(metrics)["icm_lora_slots", resident] == 2
+
+
+def test_modalities_are_counted_apart() -> None:
+    metrics = ServiceMetrics(False)
+    metrics.observe_batches("text").on_queue(3)
+    metrics.observe_batches("detection").on_queue(1)
+    samples = read_samples(metrics)
+    depths = [
+        samples["icm_lora_queue_depth", (("modality", name),)] for name in ("text", "detection")
+    ]
+    assert depths == [3, 1]
 
 
 def test_every_promised_metric_is_exposed() -> None:
     metrics = ServiceMetrics(True)
-    metrics.set_build(version="1", bundle="b", bundle_version="2")
-    metrics.watch_slots(lambda state: 0)
+    metrics.set_build("text", version="1", bundle="b", bundle_version="2")
+    metrics.watch_slots("text", lambda state: 0)
     metrics.observe_request("/infer", "POST", 200, 0.1)
     metrics.observe_stages({"encode": 0.01, "decode": 0.02})
     metrics.count_adapter("miss")
     metrics.on_lookup("process", "miss")
-    metrics.on_queue(0)
-    metrics.on_batch(2, 1)
+    metrics.observe_batches("text").on_queue(0)
+    metrics.observe_batches("text").on_batch(2, 1)
+    metrics.count_boxes(3)
+    metrics.on_image_rejection("broken")
     metrics.on_rejection("queue_full")
     names = {name for name, _ in read_samples(metrics)}
     assert names >= {
@@ -75,6 +89,8 @@ def test_every_promised_metric_is_exposed() -> None:
         "icm_lora_generated_tokens_total",
         "icm_lora_adapters_generated_total",
         "icm_lora_rejections_total",
+        "icm_lora_detected_boxes_total",
+        "icm_lora_image_rejections_total",
         "icm_lora_build_info",
     }
 

@@ -81,3 +81,29 @@ def test_settings_are_frozen_and_refuse_unknown_names() -> None:
         Settings.model_validate({"prot": 1})
     with pytest.raises(ValidationError):
         Settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("value", "served"), [("none", None), ("", None), ("NONE", None), ("/x", "/x")]
+)
+def test_detection_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, value: str, served: str | None
+) -> None:
+    monkeypatch.setenv("ICM_LORA_DETECTION_BUNDLE", value)
+    settings = read_settings()
+    assert settings.detection_bundle == (None if served is None else Path(served))
+    assert settings.bundle is not None
+
+
+def test_shipped_detection_bundle_is_served_where_it_is_there() -> None:
+    shipped = Settings.model_fields["detection_bundle"].default
+    assert read_settings().detection_bundle == (shipped if shipped.is_dir() else None)
+
+
+def test_nothing_to_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICM_LORA_BUNDLE", "none")
+    monkeypatch.setenv("ICM_LORA_DETECTION_BUNDLE", "folder")
+    assert read_settings().bundle is None
+    monkeypatch.setenv("ICM_LORA_DETECTION_BUNDLE", "none")
+    with pytest.raises(InvalidInputError, match="nothing to serve: name a bundle"):
+        read_settings()

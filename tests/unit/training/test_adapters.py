@@ -69,9 +69,19 @@ def tune(base: BaseModel, attachment: Attachment, tmp_path: Path) -> Tune:
         windows = cut_windows(
             tokenize_documents(base, [TEXT]), section.num_windows, section.window_tokens, seed=0
         )
+
+        def measure_loss(numbers: Tensor) -> Tensor:
+            return training.adapters.measure_nll(base, windows[numbers]).mean()
+
         state_path = tmp_path / f"{state}.safetensors"
         return fine_tune(
-            base, attachment, windows, section, seed=seed, state_path=state_path, report=report
+            base,
+            attachment,
+            measure_loss,
+            section,
+            seed=seed,
+            state_path=state_path,
+            report=report,
         )
 
     return run

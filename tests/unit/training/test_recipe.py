@@ -9,7 +9,7 @@ import pytest
 from service.errors import InvalidRecipeError
 from service.synthesis.layout import AdapterKind
 from tests.fixtures.tiny_training import TINY_RECIPE, make_recipe
-from training.recipe import RECIPES_DIR, FinetuneSection, Recipe, read_recipe
+from training.recipe import RECIPES_DIR, TRAINED_BASE, FinetuneSection, Recipe, read_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
 
@@ -49,11 +49,101 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 
 def test_the_shipped_recipes_are_those_that_we_promise() -> None:
     assert {"text-embedded", "paper-text", "smoke", "llama3-8b-pile"} <= set(SHIPPED)
+    assert {"detection-embedded", "florence2-coco"} <= set(SHIPPED)
     paper = read_recipe("paper-text")
     assert paper.adapter.kind is AdapterKind.LORA
     assert (paper.finetune.epochs, paper.finetune.keep_last) == (150, 50)
     assert (paper.generator.preset, paper.generator.epochs) == ("paper", 2000)
     assert (paper.generator.depth, paper.generator.kl_weight) == (12, 0.005)
+
+
+def test_the_detection_recipes_are_those_that_we_promise() -> None:
+    embedded, paper = read_recipe("detection-embedded"), read_recipe("florence2-coco")
+    assert embedded.base.reference == TRAINED_BASE
+    assert embedded.detector is not None
+    assert embedded.detection is not None
+    assert embedded.detection.images == "conse"
+    assert paper.detector is None
+    assert paper.tasks.source.startswith("coco:")
+    assert (paper.finetune.epochs, paper.finetune.keep_last) == (150, 50)
+    assert (paper.generator.preset, paper.generator.epochs) == ("paper", 2000)
+    assert (paper.generator.depth, paper.generator.kl_weight) == (12, 0.005)
+    assert (paper.encoder.model, paper.encoder.pretrained) == ("ViT-L-14", "openai")
+    assert paper.adapter.alpha == 2 * paper.adapter.rank
+
+
+DETECTOR = {
+    "width": 32,
+    "layers": 1,
+    "heads": 2,
+    "feed_forward": 64,
+    "num_scenes": 40,
+    "num_steps": 5,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+}
+
+
+def make_detection(body: dict[str, Any]) -> None:
+    body["base"].update(reference=TRAINED_BASE)
+    body["tasks"] = {"source": "composites"}
+    body["detector"], body["detection"] = dict(DETECTOR), {}
+
+
+def test_a_detection_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
+    recipe = read_recipe(spoil(tmp_path, make_detection))
+
+    assert recipe.detector is not None
+    assert recipe.detection is not None
+    assert (recipe.detector.present_share, recipe.detector.smoothing_bins) == (0.75, 8.0)
+    assert (recipe.detection.present_share, recipe.detection.own_prompt_share) == (0.6, 0.7)
+    assert recipe.detection.images == ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda body: body.pop("detector"), r"\[detector\] trains the base 'bundle:base'"),
+        (lambda body: body["base"].update(reference="folder"), "give both or neither"),
+        (lambda body: body.pop("detection"), r"\[detection\] goes with the sources composites"),
+        (lambda body: body["tasks"].update(source="smoke"), r"\[detection\] goes with"),
+        (lambda body: body["tasks"].update(source="folder:coco"), r"\[detection\] goes with"),
+        (lambda body: body["detector"].update(width=8), r"detector\.width"),
+        (lambda body: body["detector"].update(dropout=1.0), r"detector\.dropout"),
+        (lambda body: body["detector"].update(depth=3), r"detector\.depth: .*not permitted"),
+        (lambda body: body["detector"].pop("num_scenes"), r"detector\.num_scenes: Field required"),
+        (lambda body: body["detection"].update(images="clip"), r"detection\.images"),
+        (lambda body: body["detection"].update(present_share=0), r"detection\.present_share"),
+        (lambda body: body["detection"].update(smoothing_bins=-1), r"detection\.smoothing_bins"),
+    ],
+)
+def test_a_wrong_detection_recipe_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = spoil(tmp_path, lambda body: (make_detection(body), edit(body)))
+
+    with pytest.raises(InvalidRecipeError, match=message):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("source", ["composites", "coco:PATH", "voc:PATH"])
+def test_any_detection_source_goes_with_a_base_from_elsewhere(tmp_path: Path, source: str) -> None:
+    path = spoil(tmp_path, lambda body: body.update(detection={}, tasks={"source": source}))
+
+    assert read_recipe(path).detector is None
+
+
+def test_optional_sections_count_in_the_digest_only_where_they_are() -> None:
+    text, detection = make_recipe(), read_recipe("detection-embedded")
+
+    assert not {"detector", "detection"} & set(text.to_json())
+    assert {"detector", "detection"} <= set(detection.to_json())
+    assert detection.detector is not None
+    longer = detection.detector.model_copy(update={"num_steps": 1})
+    changed = detection.model_copy(update={"detector": longer})
+    assert changed.digest != detection.digest
+    assert changed.stage_digest("detector") != detection.stage_digest("detector")
+    assert changed.stage_digest("generator") == detection.stage_digest("generator")
 
 
 def test_a_file_is_read_with_its_defaults(tmp_path: Path) -> None:

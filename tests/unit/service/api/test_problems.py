@@ -17,7 +17,8 @@ from service.api.error_handlers import (
 )
 from service.api.middleware import UNMATCHED_ROUTE, BodyLimit, RequestScope
 from service.api.openapi import build_openapi, document_problems
-from service.api.schemas import Problem, RequestModel
+from service.api.requests import RequestModel
+from service.api.schemas import Problem
 from service.errors import (
     AdapterNotFoundError,
     DeadlineExceededError,

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.api.schemas import (
+from service.api.requests import (
+    MAX_BEAMS,
+    MAX_EXAMPLES,
     MAX_NEW_TOKENS,
     MAX_STOPS,
     GenerateRequest,
@@ -20,7 +22,11 @@ from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 @pytest.mark.parametrize(
     ("model", "body", "location"),
     [
-        (GenerateRequest, {}, "task"),
+        (GenerateRequest, {}, ""),
+        (GenerateRequest, {"task": "x", "images": ["x"]}, ""),
+        (GenerateRequest, {"images": []}, "images"),
+        (GenerateRequest, {"images": ["x"] * (MAX_EXAMPLES + 1)}, "images"),
+        (GenerateRequest, {"task": "x", "modality": "sound"}, "modality"),
         (GenerateRequest, {"task": ""}, "task"),
         (GenerateRequest, {"task": "x" * (MAX_TASK_CHARACTERS + 1)}, "task"),
         (GenerateRequest, {"task": "x", "mode": "mean"}, "mode"),
@@ -33,7 +39,21 @@ from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
         (GenerateRequest, {"task": "x", "tenant": "other"}, "tenant"),
         (InferRequest, {"prompt": "x"}, ""),
         (InferRequest, {"prompt": "x", "task": "x", "adapter_id": "base"}, ""),
-        (InferRequest, {"adapter_id": "base"}, "prompt"),
+        (InferRequest, {"adapter_id": "base"}, ""),
+        (InferRequest, {"adapter_id": "base", "image": "x", "max_tokens": 3}, ""),
+        (InferRequest, {"adapter_id": "base", "image": "x", "stop": []}, ""),
+        (InferRequest, {"adapter_id": "base", "prompt": "x", "render": False}, ""),
+        (
+            InferRequest,
+            {"adapter_id": "base", "image": "x", "num_beams": MAX_BEAMS + 1},
+            "num_beams",
+        ),
+        (InferRequest, {"adapter_id": "base", "image": "x", "max_boxes": 0}, "max_boxes"),
+        (
+            InferRequest,
+            {"adapter_id": "base", "image": "x", "score_threshold": 1.1},
+            "score_threshold",
+        ),
         (InferRequest, {"adapter_id": "base", "prompt": ""}, "prompt"),
         (
             InferRequest,
@@ -62,3 +82,15 @@ def test_wrong_fields_are_refused_by_name(
 def test_published_examples_are_valid(model: type[RequestModel]) -> None:
     for example in model.model_json_schema()["examples"]:
         model.model_validate(example)
+
+
+def test_fields_of_the_other_modality_are_named() -> None:
+    with pytest.raises(ValidationError, match="leave out `top_p`, `seed`: without meaning with an"):
+        InferRequest(adapter_id="base", image=b"x", seed=1, top_p=0.5)
+    with pytest.raises(ValidationError, match="leave out `render`: without meaning without an"):
+        InferRequest(adapter_id="base", prompt="x", render=True)
+
+
+def test_image_is_text_or_bytes_as_it_was_sent() -> None:
+    assert InferRequest(adapter_id="base", image=b"\xff").image == b"\xff"
+    assert InferRequest.model_validate_json('{"adapter_id": "base", "image": "x"}').image == "x"

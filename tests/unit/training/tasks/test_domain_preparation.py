@@ -88,9 +88,7 @@ def test_a_split_that_leaks_or_is_empty_is_refused(
 
 
 def test_unknown_domains_list_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"unknown text task 'klingon'.*arxiv, wikipedia_en"
-    ):
+    with pytest.raises(InvalidInputError, match=r"unknown task 'klingon'.*arxiv, wikipedia_en"):
         load_text_tasks("domains", names=["klingon"], cache_dir=tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_smoke_tasks_are_small_complete_and_always_the_same() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["recipies"], "unknown text task 'recipies'.*known: python_code, python_reference"),
+        (["recipies"], "unknown task 'recipies'.*known: python_code, python_reference"),
         (["python_code", "python_code"], "repeated"),
     ],
 )

@@ -1,0 +1,84 @@
+"""Bodies of `/infer`: JSON, or a form with the image as a file; one schema checks both."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from service.api.error_handlers import MalformedRequestError
+from service.api.requests import MAX_PROMPT_CHARACTERS, MAX_STOPS, InferRequest
+
+_JSON = "application/json"
+_FORM = "multipart/form-data"
+_LISTS = frozenset({"stop"})
+_MAX_FIELDS = len(InferRequest.model_fields) + MAX_STOPS
+_MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS  # UTF-8
+
+
+async def read_infer_request(request: Request) -> InferRequest:
+    """The request of `/infer`, whichever way it was sent.
+
+    Raises:
+        RequestValidationError: it is not what the schema asks for, or of another media type.
+        MalformedRequestError: the form cannot be read.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if media_type == _JSON:
+            return InferRequest.model_validate_json(await request.body())
+        if media_type == _FORM:
+            return InferRequest.model_validate(await _read_form(request))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError(
+            [{**item, "loc": ("body", *item["loc"])} for item in found]
+        ) from None
+    message = f"send {_JSON} or {_FORM}"
+    raise RequestValidationError([{"loc": ("body",), "msg": message, "type": "media_type"}])
+
+
+InferBody = Annotated[InferRequest, Depends(read_infer_request)]
+
+
+async def _read_form(request: Request) -> dict[str, Any]:
+    limits: dict[str, int] = {
+        "max_files": 1,
+        "max_fields": _MAX_FIELDS,
+        "max_part_size": _MAX_FIELD_BYTES,
+    }
+    fields: dict[str, Any] = {}
+    try:
+        async with request.form(**limits) as form:
+            for name in form:
+                values = [
+                    await value.read() if isinstance(value, UploadFile) else value
+                    for value in form.getlist(name)
+                ]
+                # A field that came twice stays a list, which the schema then refuses by name.
+                fields[name] = values if name in _LISTS or len(values) > 1 else values[0]
+    except ValueError:  # a charset that cannot decode what was sent
+        raise MalformedRequestError("the form cannot be read: send it in UTF-8") from None
+    return fields
+
+
+def document_infer_body() -> dict[str, Any]:
+    """OpenAPI's request body (FastAPI's `openapi_extra`): both media types."""
+    form = InferRequest.model_json_schema()
+    form.pop("examples")
+    form["title"] = "InferForm"
+    form["properties"]["image"] = {
+        "type": "string",
+        "format": "binary",
+        "description": form["properties"]["image"]["description"],
+    }
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                _JSON: {"schema": {"$ref": f"#/components/schemas/{InferRequest.__name__}"}},
+                _FORM: {"schema": form},
+            },
+        }
+    }

@@ -1,0 +1,214 @@
+"""Start of the service: reads bundles, loads models, connects to Redis."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from service.adapters.cache import AdapterCache, ProcessCache, RedisCache
+from service.adapters.provider import AdapterProvider
+from service.adapters.slot_bank import SlotBank
+from service.api.bundle_service import BundleService, DetectionService, TextService
+from service.api.modality_choice import ModalityChoice
+from service.api.pictures import PictureReader
+from service.api.resources import Resources
+from service.api.schemas import Modality
+from service.errors import InvalidBundleError
+from service.inference.base_model import BaseModel, load_base_model
+from service.inference.detection import DetectionEngine
+from service.inference.engine import AnswerT, Engine, RequestT
+from service.inference.scheduler import Scheduler
+from service.inference.text import TextEngine
+from service.logs import quiet_transformers
+from service.metrics import ServiceMetrics
+from service.settings import ENV_PREFIX, Settings
+from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.layout import AdapterLayout
+from service.synthesis.synthesizer import Synthesizer, build_synthesizer
+
+_SETTINGS: Mapping[Modality, str] = {"text": "BUNDLE", "detection": "DETECTION_BUNDLE"}
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What a bundle needs in memory."""
+
+    synthesizer: Synthesizer
+    base: BaseModel
+
+
+async def open_resources(settings: Settings, metrics: ServiceMetrics) -> Resources:
+    """Loads the bundles, their encoders and base models, and starts the schedulers.
+
+    Raises:
+        InvalidBundleError: a bundle cannot be trusted, does not fit its base or encoder, or is
+            of another modality than its setting.
+        IcmLoraError: a base model or an encoder cannot be loaded.
+    """
+    models = await asyncio.to_thread(_load_models, settings)
+    synthesizers = {modality: each.synthesizer for modality, each in models.items()}
+    layouts = [each.bundle.layout for each in synthesizers.values()]
+    redis, watch = await _open_redis(settings, metrics, layouts)
+    cache = AdapterCache(ProcessCache(settings.process_cache_bytes), redis, metrics)
+    text = detection = None
+    if "text" in models:
+        text = _start_text(models["text"], cache, settings, metrics)
+    if "detection" in models:
+        detection = _start_detection(models["detection"], cache, settings, metrics)
+    return Resources(
+        settings,
+        metrics,
+        text,
+        detection,
+        ModalityChoice(synthesizers),
+        PictureReader(settings.max_image_pixels, metrics),
+        redis,
+        watch,
+    )
+
+
+def _load_models(settings: Settings) -> dict[Modality, _Models]:
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    quiet_transformers()
+    models: dict[Modality, _Models] = {}
+    if settings.bundle is not None:
+        models["text"] = _load_bundle("text", settings.bundle, settings.base, settings, None)
+    if settings.detection_bundle is not None:
+        first = models["text"].synthesizer if models else None
+        models["detection"] = _load_bundle(
+            "detection", settings.detection_bundle, settings.detection_base, settings, first
+        )
+    return models
+
+
+def _load_bundle(
+    modality: Modality,
+    folder: Path,
+    base_reference: str | None,
+    settings: Settings,
+    loaded: Synthesizer | None,
+) -> _Models:
+    bundle = _read_bundle(folder, modality)
+    shares_encoder = loaded is not None and loaded.encoder.encoder_id == bundle.encoder_id
+    encoder = loaded.encoder if loaded is not None and shares_encoder else None
+    # On the CPU wherever the base is: replicas with and without a GPU make the same bytes.
+    synthesizer = build_synthesizer(bundle, "cpu", encoder)
+    base = load_base_model(
+        base_reference or bundle.base_reference,
+        device=settings.device,
+        dtype=settings.dtype,
+        cache_dir=settings.cache_dir,
+        bundle_folder=folder,
+    )
+    bundle.check_base(base.digest)
+    if base.modality != modality:
+        raise InvalidBundleError(
+            f"bundle {bundle.name} is for {modality}, its base {base.reference} is not"
+        )
+    return _Models(synthesizer, base)
+
+
+def _read_bundle(folder: Path, modality: Modality) -> Bundle:
+    bundle = read_bundle(folder)
+    if bundle.modality != modality:
+        right = {name: setting for name, setting in _SETTINGS.items() if name == bundle.modality}
+        hint = f"name it in {ENV_PREFIX}{right.popitem()[1]}" if right else "train it again"
+        raise InvalidBundleError(
+            f"{ENV_PREFIX}{_SETTINGS[modality]} is for {modality}, bundle {bundle.name} "
+            f"is for {bundle.modality}: {hint}"
+        )
+    return bundle
+
+
+def _start_text(
+    models: _Models, cache: AdapterCache, settings: Settings, metrics: ServiceMetrics
+) -> TextService:
+    bundle = models.synthesizer.bundle
+    engine = TextEngine(
+        models.base,
+        bundle.layout,
+        bundle.bases,
+        num_slots=settings.num_slots,
+        max_prompt_tokens=settings.max_prompt_tokens,
+    )
+    _watch_slots("text", engine.slots, metrics)
+    return BundleService(
+        "text",
+        settings,
+        metrics,
+        models.synthesizer,
+        AdapterProvider(models.synthesizer, cache),
+        engine,
+        _start_scheduler("text", engine, settings, metrics),
+    )
+
+
+def _start_detection(
+    models: _Models, cache: AdapterCache, settings: Settings, metrics: ServiceMetrics
+) -> DetectionService:
+    bundle = models.synthesizer.bundle
+    engine = DetectionEngine(
+        models.base,
+        bundle.layout,
+        bundle.bases,
+        num_slots=settings.num_slots,
+        max_prompt_tokens=settings.max_prompt_tokens,
+    )
+    _watch_slots("detection", engine.slots, metrics)
+    return BundleService(
+        "detection",
+        settings,
+        metrics,
+        models.synthesizer,
+        AdapterProvider(models.synthesizer, cache),
+        engine,
+        _start_scheduler("detection", engine, settings, metrics),
+    )
+
+
+def _watch_slots(modality: Modality, slots: SlotBank, metrics: ServiceMetrics) -> None:
+    metrics.watch_slots(modality, lambda state: int(getattr(slots.stats(), state)))
+
+
+def _start_scheduler(
+    modality: Modality,
+    engine: Engine[RequestT, AnswerT],
+    settings: Settings,
+    metrics: ServiceMetrics,
+) -> Scheduler[RequestT, AnswerT]:
+    scheduler = Scheduler(
+        engine,
+        max_queue=settings.max_queue,
+        max_batch_rows=settings.max_batch_rows,
+        batch_window_seconds=settings.batch_window_seconds,
+        observer=metrics.observe_batches(modality),
+    )
+    scheduler.start()
+    return scheduler
+
+
+async def _open_redis(
+    settings: Settings, metrics: ServiceMetrics, layouts: list[AdapterLayout]
+) -> tuple[RedisCache, asyncio.Task[None]] | tuple[None, None]:
+    url = settings.redis_url.get_secret_value()
+    if not url:
+        return None, None
+    redis = RedisCache(
+        url,
+        *layouts,
+        timeout_seconds=settings.redis_timeout_seconds,
+        retry_seconds=settings.redis_retry_seconds,
+        on_state=metrics.on_redis_state,
+    )
+    await redis.ping()
+    return redis, asyncio.create_task(_watch_redis(redis, settings.redis_retry_seconds))
+
+
+async def _watch_redis(redis: RedisCache, pause_seconds: float) -> None:
+    """Keeps the state of Redis true while no request asks it."""
+    while True:
+        await asyncio.sleep(pause_seconds)
+        await redis.ping()

@@ -1,0 +1,68 @@
+"""Which bundle a description is for, where a request names none."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from service.api.schemas import Modality
+from service.errors import InvalidInputError
+from service.synthesis.synthesizer import Synthesizer, normalize_description
+
+MAX_REMEMBERED = 4096
+
+
+class ModalityChoice:
+    """Chooses the bundle whose training tasks lie nearest to a description.
+
+    Answers are remembered, so that an adapter from the cache costs no second encoding. Lives
+    on one event loop.
+
+    Args:
+        synthesizers: of the served bundles, at least one.
+    """
+
+    def __init__(self, synthesizers: Mapping[Modality, Synthesizer]) -> None:
+        self._synthesizers = synthesizers
+        self._remembered: OrderedDict[str, Modality] = OrderedDict()
+
+    async def choose(self, task: str) -> Modality:
+        """The modality of a description; the only one where one bundle is served.
+
+        Raises:
+            InvalidInputError: an empty or over-long description.
+        """
+        if len(self._synthesizers) == 1:
+            return next(iter(self._synthesizers))
+        task = normalize_description(task)
+        if task not in self._remembered:
+            nearest = await asyncio.to_thread(self._compare, task)
+            if len(self._remembered) >= MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+            self._remembered[task] = nearest
+        self._remembered.move_to_end(task)
+        return self._remembered[task]
+
+    def choose_by_example(self) -> Modality:
+        """The modality of example images: of a bundle that takes some, rather detection.
+
+        Raises:
+            InvalidInputError: no bundle takes images.
+        """
+        order: tuple[Modality, ...] = ("detection", "text")
+        for modality in order:
+            synthesizer = self._synthesizers.get(modality)
+            if synthesizer is not None and synthesizer.image_encoder is not None:
+                return modality
+        raise InvalidInputError(
+            "no bundle that is served takes example images: describe the task in words"
+        )
+
+    def _compare(self, task: str) -> Modality:
+        return max(self._synthesizers, key=lambda name: _similarity(self._synthesizers[name], task))
+
+
+def _similarity(synthesizer: Synthesizer, task: str) -> float:
+    try:
+        return synthesizer.similarity(task)
+    except InvalidInputError:  # a bundle that reads images only
+        return -1.0

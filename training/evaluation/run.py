@@ -1,0 +1,121 @@
+"""Evaluation of a bundle: loads what its suite needs, measures, prints, writes the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.inference.base_model import BaseModel, load_base_model
+from service.synthesis.synthesizer import Synthesizer
+from training.checkpoint import read_tensors
+from training.detection_examples import encode_scenes
+from training.evaluation import detection, detection_report, report, text
+from training.evaluation.pictures import draw_comparison
+from training.progress import show_progress
+from training.recipe import Recipe
+from training.tasks.cache import default_cache_dir
+from training.tasks.composites import read_categories
+from training.tasks.detection import load_detection_data
+from training.tasks.text import load_text_tasks
+
+
+def evaluate_text_bundle(
+    synthesizer: Synthesizer,
+    own_path: Path,
+    names: Sequence[str],
+    *,
+    num_windows: int,
+    window_tokens: int,
+    seed: int,
+    out: Path | None,
+) -> list[str]:
+    """Runs the text suite; returns a line for every target that is missed."""
+    bundle = synthesizer.bundle
+    recipe = Recipe.model_validate(bundle.provenance["recipe"])
+    tasks = load_text_tasks(recipe.tasks.source, names)
+    own, _ = read_tensors(own_path)
+    base = _load_base(synthesizer, recipe)
+    with show_progress("evaluate", len(tasks) * len(text.METHODS)) as show:
+        results = text.evaluate_text(
+            synthesizer,
+            own,
+            base,
+            tasks,
+            num_windows=num_windows,
+            window_tokens=window_tokens,
+            seed=seed,
+            report=show,
+        )
+    print(report.render_table(results))
+    if out is not None:
+        settings = {
+            "suite": "text",
+            "num_windows": num_windows,
+            "window_tokens": window_tokens,
+            "seed": seed,
+            "dtype": recipe.base.dtype,
+            "gibberish": text.GIBBERISH,
+        }
+        report.write_report(out, results, bundle, settings)
+    return [
+        f"{result.name}: generated / own = {result.ppl_ratio.value:.4f} > {text.MAX_PPL_RATIO}"
+        for result in results
+        if result.ppl_ratio.value > text.MAX_PPL_RATIO
+    ]
+
+
+def evaluate_detection_bundle(
+    synthesizer: Synthesizer,
+    own_path: Path,
+    names: Sequence[str],
+    *,
+    num_scenes: int | None,
+    out: Path | None,
+) -> list[str]:
+    """Runs the detection suite; returns a line for every target that is missed."""
+    bundle = synthesizer.bundle
+    recipe = Recipe.model_validate(bundle.provenance["recipe"])
+    data = load_detection_data(recipe.tasks.source, names)
+    own, _ = read_tensors(own_path)
+    seeds_path = own_path.with_name("seed_adapters.safetensors")
+    seeds = read_tensors(seeds_path)[0] if seeds_path.exists() else {}
+    base = _load_base(synthesizer, recipe)
+    objects = data.test.objects[:num_scenes]
+    features = encode_scenes(base, data.test, range(len(objects)))
+    known = read_categories() if recipe.detector is not None else {}
+    num_seeds = len({key.rpartition(".")[2] for key in seeds})
+    with show_progress("evaluate", detection.count_passes(len(names), num_seeds)) as show:
+        results = detection.evaluate_detection(
+            synthesizer,
+            own,
+            seeds,
+            base,
+            data.tasks,
+            {task.name: known.get(task.name, False) for task in data.tasks},
+            features,
+            objects,
+            show,
+        )
+    print(detection_report.render_table(results))
+    for kind in ("own", "generated"):
+        print(f"\n{kind} adapters against every category\n")
+        print(detection_report.render_matrix(results, kind))
+    if out is not None:
+        settings = {
+            "suite": "detection",
+            "num_scenes": len(features),
+            "generator_seeds": list(recipe.generator_seeds),
+            "dtype": recipe.base.dtype,
+            "gibberish": text.GIBBERISH,
+        }
+        detection_report.write_detection_report(out, results, bundle, settings)
+        draw_comparison(synthesizer, base, data, out / "pictures.png")
+    return list(detection.check_detection(results).missed)
+
+
+def _load_base(synthesizer: Synthesizer, recipe: Recipe) -> BaseModel:
+    bundle = synthesizer.bundle
+    return load_base_model(
+        bundle.base_reference,
+        dtype=recipe.base.dtype,
+        cache_dir=default_cache_dir(),
+        bundle_folder=bundle.folder,
+    )

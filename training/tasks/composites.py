@@ -1,0 +1,101 @@
+"""The detection tasks of composited cut-outs: 24 categories, half of which the base knows."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from training.progress import show_progress
+from training.tasks.cache import default_cache_dir
+from training.tasks.cutouts import CATEGORIES_FILE, Part
+from training.tasks.detection_task import (
+    Annotation,
+    DetectionData,
+    DetectionTask,
+    build_detection_task,
+)
+from training.tasks.scene_store import ScenePool, StoredScenes, load_scenes, make_composer
+from training.tasks.text_task import read_wordings, select_names
+
+WORDINGS_FILE = Path(__file__).with_name("detection_wordings.toml")
+
+POOLS: dict[str, tuple[Part, int, int]] = {
+    "adapters": ("train", 12_000, 1),
+    "validation": ("validation", 500, 2),
+    "test": ("test", 800, 3),
+}
+"""Split, number of scenes and stream of the pools with objects of every category."""
+
+
+@dataclass(frozen=True)
+class CompositeScenes:
+    """Scenes of a pool; pictures are composed anew, features were computed once."""
+
+    pool: ScenePool
+    stored: StoredScenes
+    cache_dir: Path
+
+    @property
+    def objects(self) -> Sequence[tuple[Annotation, ...]]:
+        """Annotations of each scene."""
+        return self.stored.objects
+
+    def read_pixels(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Picture of one scene."""
+        return make_composer(self.pool, self.cache_dir).compose(index).pixels
+
+
+def load_composites(
+    names: Sequence[str] | None = None, cache_dir: Path | None = None
+) -> DetectionData:
+    """Tasks and scenes; everything is fetched, composed and encoded on first use.
+
+    Scenes hold objects of all categories whatever tasks are asked for.
+
+    Raises:
+        InvalidInputError: an unknown task.
+        MissingDependencyError: the pictures or the tower's weights cannot be had here.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    categories = read_categories()
+    wordings = read_wordings(WORDINGS_FILE)
+    tasks = tuple(
+        build_detection_task(name, wordings[name])
+        for name in select_names(tuple(categories), names)
+    )
+    scenes = {}
+    for name, (part, count, stream) in POOLS.items():
+        pool = ScenePool(name, part, tuple(categories), count, stream)
+        scenes[name] = CompositeScenes(pool, _load(pool, cache_dir), cache_dir)
+    return DetectionData(tasks, scenes["adapters"], scenes["validation"], scenes["test"])
+
+
+def read_base_tasks() -> tuple[tuple[DetectionTask, ...], tuple[str, ...]]:
+    """The base's own tasks, and every training wording of all tasks, for its tokenizer."""
+    wordings = read_wordings(WORDINGS_FILE)
+    tasks = tuple(
+        build_detection_task(name, wordings[name])
+        for name, is_base in read_categories().items()
+        if is_base
+    )
+    return tasks, tuple(words for each in wordings.values() for words in each.descriptions)
+
+
+def load_base_scenes(count: int, cache_dir: Path | None = None) -> StoredScenes:
+    """Scenes with objects of the base categories only, for the base's own training."""
+    base = tuple(name for name, is_base in read_categories().items() if is_base)
+    return _load(ScenePool("base", "train", base, count, 0), cache_dir or default_cache_dir())
+
+
+def read_categories() -> dict[str, bool]:
+    """Every category, and whether the base is trained on it."""
+    rules = tomllib.loads(CATEGORIES_FILE.read_text(encoding="utf-8"))["categories"]
+    return {name: bool(rule.get("base")) for name, rule in rules.items()}
+
+
+def _load(pool: ScenePool, cache_dir: Path) -> StoredScenes:
+    with show_progress(f"scenes {pool.name}", pool.count) as report:
+        return load_scenes(pool, cache_dir, report)
