@@ -70,14 +70,14 @@ class DetectionEngine(AdapterHost):
     ) -> None:
         assert base.modality == "detection", f"{base.reference} is no detection base"
         super().__init__(base, layout, bases, num_slots=num_slots)
-        self._base = base
+        self.base = base
         self._max_prompt_tokens = max_prompt_tokens
         self._context_tokens: int = base.model.config.text_config.max_position_embeddings
         self._blank = Image.new("RGB", (8, 8))
 
     def prepare(self, image: Image.Image) -> PreparedPicture:
         """Resizes and normalises an RGB image; may run in any thread, before its batch."""
-        pixels: Tensor = self._base.processor.image_processor(image, return_tensors="pt")[
+        pixels: Tensor = self.base.processor.image_processor(image, return_tensors="pt")[
             "pixel_values"
         ]
         return PreparedPicture(pixels[0], image.width, image.height)
@@ -148,7 +148,7 @@ class DetectionEngine(AdapterHost):
         rows = [requests[index] for index in leases]
         self._attachment.rows.vectors = self._stack_rows(list(leases.values()), vectors)
         found = decode_boxes(
-            self._base,
+            self.base,
             self._build_inputs(rows, [prompts[index] for index in leases]),
             num_beams=rows[0].num_beams,
             max_boxes=rows[0].max_boxes,
@@ -169,20 +169,20 @@ class DetectionEngine(AdapterHost):
         self, rows: Sequence[DetectionRequest], prompts: Sequence[list[int]]
     ) -> dict[str, Tensor]:
         """Prompts padded on the right, where Florence-2's positions expect it, and images."""
-        device, width = self._base.device, max(map(len, prompts))
-        pad_id = self._base.tokenizer.pad_token_id
+        device, width = self.base.device, max(map(len, prompts))
+        pad_id = self.base.tokenizer.pad_token_id
         ids = [prompt + [pad_id] * (width - len(prompt)) for prompt in prompts]
         mask = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
         pixels = torch.stack([row.picture.pixel_values for row in rows])
         return {
             "input_ids": torch.tensor(ids, device=device),  # [rows, tokens]
             "attention_mask": torch.tensor(mask, device=device),
-            "pixel_values": pixels.to(device, self._base.dtype),  # [rows, 3, height, width]
+            "pixel_values": pixels.to(device, self.base.dtype),  # [rows, 3, height, width]
         }
 
     def _tokenize(self, prompt: str) -> list[int]:
         """Tokens of image and prompt as the processor lays them out, without their image."""
-        processor = self._base.processor
+        processor = self.base.processor
         try:
             _, [text], *_ = processor.prepare_inputs_layout(images=[self._blank], text=[prompt])
         except ValueError as error:  # a task token of Florence-2 among other words
@@ -190,7 +190,7 @@ class DetectionEngine(AdapterHost):
         if text.count(processor.image_token) != 1:
             raise InvalidInputError(f"the prompt holds {processor.image_token}: remove it")
         text = text.replace(processor.image_token, processor.replace_image_token({}, 0))
-        ids: list[int] = self._base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.base.tokenizer(text, add_special_tokens=False)["input_ids"]
         limit = min(self._max_prompt_tokens, self._context_tokens - int(processor.num_image_tokens))
         num_tokens = len(ids) - int(processor.num_image_tokens)
         if num_tokens > limit:

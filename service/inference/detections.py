@@ -15,6 +15,8 @@ MAX_BEAMS = 5
 MAX_BOXES = 64
 LOCATIONS_PER_BOX = 4
 MAX_LABEL_CHARACTERS = 80
+MAX_TARGET_CHARACTERS = 400
+"""A longer description is its own label."""
 
 DIGITS = 2
 """Decimals of a pixel; further ones depend on what else was in the batch."""
@@ -139,5 +141,6 @@ def label_of(description: str) -> str:
     A description of another form is returned as it is, on one line and cut to 80 characters.
     """
     words = " ".join(description.split())
-    match = _TARGET.fullmatch(words)
+    is_short = len(words) <= MAX_TARGET_CHARACTERS  # matching takes time with the square of it
+    match = _TARGET.fullmatch(words) if is_short else None
     return (words if match is None else match["target"])[:MAX_LABEL_CHARACTERS]

@@ -34,11 +34,7 @@ class DetectionMeasurement:
 
 def measure_detection() -> DetectionMeasurement:
     """Alternates base and adapted batches of the shipped bundle, image tower included."""
-    synthesizer = load_synthesizer(DETECTION_IMAGE.parent)
-    bundle = synthesizer.bundle
-    base = load_base_model(bundle.base_reference, bundle_folder=bundle.folder)
-    engine = DetectionEngine(base, bundle.layout, bundle.bases, num_slots=64)
-    adapted = [_build_request(engine, synthesizer, i) for i in range(ROWS)]
+    engine, adapted = build_batch()
     together = engine.complete(adapted)
     alone = [engine.complete([request])[0] for request in adapted]
     identical = all(
@@ -46,7 +42,7 @@ def measure_detection() -> DetectionMeasurement:
         for a, b in zip(together, alone, strict=True)
     )
     # Rows of equal length: an answer that ends early would make its batch the faster one.
-    base.model.config.stop_probability = 1.0
+    engine.base.model.config.stop_probability = 1.0
     plain = [
         DetectionRequest(each.picture, each.prompt, max_boxes=BOXES, label="object")
         for each in adapted
@@ -66,6 +62,15 @@ def measure_detection() -> DetectionMeasurement:
         ratio=median(with_adapters / without for without, with_adapters in pairs),
         identical=identical,
     )
+
+
+def build_batch() -> tuple[DetectionEngine, list[DetectionRequest]]:
+    """The shipped bundle's engine, and a request for each of its first tasks."""
+    synthesizer = load_synthesizer(DETECTION_IMAGE.parent)
+    bundle = synthesizer.bundle
+    base = load_base_model(bundle.base_reference, bundle_folder=bundle.folder)
+    engine = DetectionEngine(base, bundle.layout, bundle.bases, num_slots=64)
+    return engine, [_build_request(engine, synthesizer, i) for i in range(ROWS)]
 
 
 def _build_request(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,12 @@ def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
 )
 def test_what_a_description_asks_for(description: str, target: str) -> None:
     assert label_of(description) == target
+
+
+def test_labels_of_hostile_descriptions_take_no_time() -> None:
+    started = time.perf_counter()
+    assert label_of("detect " + "." * 60_000 + "a") == ("detect " + "." * 80)[:80]
+    assert time.perf_counter() - started < 1.0
 
 
 def test_bases_are_told_apart_by_their_config(florence2: DetectorKit, tmp_path: Path) -> None:
