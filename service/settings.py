@@ -105,7 +105,8 @@ class Settings(BaseSettings):
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         Field(
-            description="Dtype of the base model; `auto` is bfloat16.",
+            description="Dtype of base models; `auto` is bfloat16. A base that a bundle ships "
+            "has its own.",
             json_schema_extra=_unit("dtype"),
         ),
     ] = "auto"

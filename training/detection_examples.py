@@ -99,7 +99,7 @@ def build_detection_loss(
     """
     source = data.train
     examples = draw_examples(task, data.tasks, source, section, num_examples, seed)
-    drawn, places = examples.scenes.unique(return_inverse=True)
+    drawn, places = torch.unique(examples.scenes, return_inverse=True)
     features = encode_scenes(base, source, drawn.tolist())
     # Fused attention is the slower one on a CPU: its backward pass takes half of a step.
     base.model.model.language_model.set_attn_implementation("eager")

@@ -77,7 +77,8 @@ def train_detector(
     vocabulary = BoxVocabulary.of(model, processor)
     _initialize(model, scenes, vocabulary)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, cells = model.to(device), cells.to(device)
+    for module in (model, cells):
+        nn.Module.to(module, device)  # in place
     set_dropout(model, section.dropout)
     # Fused attention is the slower one here: its backward pass takes half of the step.
     model.model.language_model.set_attn_implementation("eager")

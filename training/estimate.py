@@ -172,7 +172,7 @@ def count_image_tokens(model: Any) -> int:
     """Tokens that a detector makes of a picture; Florence-2 adds the mean of its grid."""
     if isinstance(model, EmbeddedDetector):
         return GRID * GRID
-    side = FLORENCE2_PIXELS // math.prod(model.config.vision_config.patch_stride)
+    side: int = FLORENCE2_PIXELS // math.prod(model.config.vision_config.patch_stride)
     return side * side + 1
 
 
@@ -183,7 +183,12 @@ def build_meta_model(recipe: Recipe) -> Any:
         MissingDependencyError: the embedded detector's image tower is not installed.
         OSError: a hub id that cannot be reached and has no `base.architecture`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, Florence2ForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+    )
 
     section = recipe.base
     if section.reference == TRAINED_BASE:
@@ -197,7 +202,7 @@ def build_meta_model(recipe: Recipe) -> Any:
     else:
         config = AutoConfig.from_pretrained(section.reference)
     with torch.device("meta"):
-        if config.model_type != "florence2":
+        if not isinstance(config, Florence2Config):
             return AutoModelForCausalLM.from_config(config)
         model = Florence2ForConditionalGeneration(config)
     model.tie_weights()

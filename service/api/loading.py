@@ -16,7 +16,7 @@ from service.api.pictures import PictureReader
 from service.api.resources import Resources
 from service.api.schemas import Modality
 from service.errors import InvalidBundleError
-from service.inference.base_model import BaseModel, load_base_model
+from service.inference.base_model import BUNDLED_BASE, BaseModel, load_base_model
 from service.inference.detection import DetectionEngine
 from service.inference.engine import AnswerT, Engine, RequestT
 from service.inference.scheduler import Scheduler
@@ -96,10 +96,11 @@ def _load_bundle(
     encoder = loaded.encoder if loaded is not None and shares_encoder else None
     # On the CPU wherever the base is: replicas with and without a GPU make the same bytes.
     synthesizer = build_synthesizer(bundle, "cpu", encoder)
+    reference = base_reference or bundle.base_reference
     base = load_base_model(
-        base_reference or bundle.base_reference,
+        reference,
         device=settings.device,
-        dtype=settings.dtype,
+        dtype="auto" if reference == BUNDLED_BASE else settings.dtype,
         cache_dir=settings.cache_dir,
         bundle_folder=folder,
     )

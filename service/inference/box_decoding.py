@@ -173,7 +173,7 @@ def read_boxes(
     name. What is not a name with four location tokens is skipped, as in its own processor.
     """
     if not torch.isfinite(probabilities).all():
-        yield LocatedBox(*[math.nan] * 5, label="")
+        yield LocatedBox(math.nan, math.nan, math.nan, math.nan, score=math.nan, label="")
         return
     name: list[int] = []
     presence, label = 1.0, ""
@@ -220,4 +220,6 @@ def _build_box(
         centers = torch.arange(low, high, device=near.device) + 0.5
         values.append(float((near * centers).sum()) / max(mass, 1e-9) / NUM_BINS)
         masses.append(mass)
-    return LocatedBox(*values, score=min(1.0, presence * sum(masses) / 4), label=label)
+    x1, y1, x2, y2 = values
+    score = min(1.0, presence * sum(masses) / 4)
+    return LocatedBox(x1, y1, x2, y2, score=score, label=label)

@@ -130,8 +130,9 @@ def select_boxes(located: Sequence[LocatedBox], request: DetectionRequest) -> It
         x1, x2 = (min(max(side * width, 0.0), float(width)) for side in (each.x1, each.x2))
         y1, y2 = (min(max(side * height, 0.0), float(height)) for side in (each.y1, each.y2))
         box = (round(x1, DIGITS), round(y1, DIGITS), round(x2, DIGITS), round(y2, DIGITS))
-        if box[0] < box[2] and box[1] < box[3] and each.score >= request.score_threshold:
-            boxes.append(DetectedBox(box, each.label or request.label, round(each.score, 4)))
+        score = round(each.score, 4)
+        if box[0] < box[2] and box[1] < box[3] and score >= request.score_threshold:
+            boxes.append(DetectedBox(box, each.label or request.label, score))
     yield from sorted(boxes, key=lambda box: (-box.score, box.label, box.box))
 
 

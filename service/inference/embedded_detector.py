@@ -102,7 +102,7 @@ class EmbeddedDetector(Florence2ForConditionalGeneration):
     def __init__(self, config: EmbeddedDetectorConfig) -> None:
         super().__init__(config)
         del self.model.vision_tower, self.model.multi_modal_projector
-        self.model.multi_modal_projector = GridProjector(config.text_config.d_model)
+        self.model.multi_modal_projector = GridProjector(self.lm_head.in_features)
         self.model.vision_tower = EfficientNetTower()  # last: the first tensor tells the dtype
 
 
@@ -171,7 +171,7 @@ def build_embedded_detector(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
     )
-    return _finish(EmbeddedDetector(config))
+    return EmbeddedDetector(config)
 
 
 def save_embedded_detector(folder: Path, model: EmbeddedDetector, processor: Any) -> None:
@@ -194,13 +194,11 @@ def load_embedded_detector(folder: Path) -> tuple[EmbeddedDetector, Any]:
         MissingDependencyError: the package with the tower's weights is not installed.
         InvalidInputError: the folder's weights are not those of its configuration.
     """
-    from transformers import AutoConfig, Florence2Processor
+    from transformers import CLIPImageProcessor, Florence2Processor, PreTrainedTokenizerFast
 
-    # The processor's loader looks the configuration up; one it does not know makes it warn.
-    AutoConfig.register(MODEL_TYPE, EmbeddedDetectorConfig, exist_ok=True)
     fields = json.loads((folder / "config.json").read_text())
     fields.pop("model_type")
-    model = _finish(EmbeddedDetector(EmbeddedDetectorConfig(**fields)))
+    model = EmbeddedDetector(EmbeddedDetectorConfig(**fields))
     state = {
         name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()
     }
@@ -211,15 +209,13 @@ def load_embedded_detector(folder: Path) -> tuple[EmbeddedDetector, Any]:
             f"{folder} does not hold the weights of its configuration: "
             f"{sorted([*missing, *result.unexpected_keys])[:4]}"
         )
-    return model.eval(), Florence2Processor.from_pretrained(folder)
+    images = CLIPImageProcessor.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, Florence2Processor(images, tokenizer)
 
 
 def _is_derived(name: str) -> bool:
     """Whether a tensor is the tower's, or tied to `model.language_model.shared.weight`."""
     tied = ("lm_head.weight", "embed_tokens.weight")
     return name.startswith("model.vision_tower.") or name.endswith(tied)
-
-
-def _finish(model: EmbeddedDetector) -> EmbeddedDetector:
-    model.tie_weights()
-    return model

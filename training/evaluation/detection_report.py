@@ -14,6 +14,8 @@ from training.evaluation.detection import (
 )
 from training.evaluation.report import write_document
 
+SHOWN_AP75 = ("base", "own", "soup", "generated")
+
 
 def render_table(results: Sequence[DetectionResult]) -> str:
     """Markdown, as the paper's Table 1: one row per category, AP50 and AP75 by method."""
@@ -29,15 +31,14 @@ def render_table(results: Sequence[DetectionResult]) -> str:
         cells.append(f"{generated.value:.3f} ({generated.low:.2f} to {generated.high:.2f})")
         cells.append(", ".join(f"{value:.3f}" for value in each.seed_ap50.values()) or "-")
         cells.append(f"{each.gap.value:+.3f} ({each.gap.low:+.3f} to {each.gap.high:+.3f})")
-        shown = ("base", "own", "soup", "generated")
-        cells.append(", ".join(f"{each.ap75[m]:.3f}" for m in shown))
+        cells.append(", ".join(f"{each.ap75[m]:.3f}" for m in SHOWN_AP75))
         cells.append(f"{each.objects} ({each.instances})")
         lines.append(f"| {each.title}{star} | " + " | ".join(cells) + " |")
     for title, chosen in _groups(results):
         fifty, seventy = mean_ap50(chosen), mean_ap75(chosen)
         cells = [f"**{fifty[m]:.3f}**" for m in ("base", "own", "soup", "gibberish", "generated")]
         gap = fifty["generated"] - fifty["own"]
-        shown = ", ".join(f"{seventy[m]:.3f}" for m in ("base", "own", "soup", "generated"))
+        shown = ", ".join(f"{seventy[m]:.3f}" for m in SHOWN_AP75)
         lines.append(
             f"| **{title}** | " + " | ".join([*cells, "-", f"{gap:+.3f}", shown, "-"]) + " |"
         )
