@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from service.demo import DETECTION_IMAGE
 from service.inference.base_model import load_base_model
@@ -76,12 +76,12 @@ def build_batch() -> tuple[DetectionEngine, list[DetectionRequest]]:
 def _build_request(
     engine: DetectionEngine, synthesizer: Synthesizer, number: int
 ) -> DetectionRequest:
-    """The example image, turned and flipped by number, with the adapter of a task."""
+    """The example image, darker or brighter by number, with the adapter of a task."""
     task = synthesizer.bundle.tasks[number].descriptions[0]
     recipe = AdapterRecipe.build(task=task, bundle_digest=synthesizer.bundle.digest)
     adapter = synthesizer.synthesize(recipe)
     image = Image.open(DETECTION_IMAGE).convert("RGB")
-    image = image.transpose(list(Image.Transpose)[number % len(Image.Transpose)])
+    image = ImageEnhance.Brightness(image).enhance(0.86 + 0.04 * number)
     return DetectionRequest(
         engine.prepare(image), task, f"object {number}", adapter.adapter_id, adapter.vector
     )

@@ -69,14 +69,19 @@ def test_no_instance_is_in_two_splits(cutouts: tuple[Cutout, ...]) -> None:
 def test_backgrounds_are_of_one_split(backgrounds: tuple[Background, ...]) -> None:
     assert {background.part for background in backgrounds} == set(PARTS)
     assert len({background.name for background in backgrounds}) == len(backgrounds)
-    assert len({key(background.pixels) for background in backgrounds}) == len(backgrounds)
+    parts: dict[bytes, set[str]] = {}
+    for background in backgrounds:  # the same picture under two names
+        parts.setdefault(key(background.pixels), set()).add(background.part)
+    assert all(len(found) == 1 for found in parts.values())
     assert all(min(b.pixels.shape[1:]) == BACKGROUND_PIXELS for b in backgrounds)
 
 
 def test_cutouts_are_cropped_and_small(cutouts: tuple[Cutout, ...]) -> None:
     for cutout in cutouts:
         assert max(cutout.pixels.shape[1:]) <= CUTOUT_PIXELS
-        assert cutout.pixels[3].any(0).float().mean() > 0.9
+        alpha = cutout.pixels[3]
+        for edge in (alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]):
+            assert edge.any(), cutout.name
 
 
 def test_every_category_is_worded() -> None:
