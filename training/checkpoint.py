@@ -38,10 +38,15 @@ def write_text(path: Path, text: str) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
+    return load_file(path), read_metadata(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, without its tensors."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
     metadata: dict[str, str] = json.loads(header.get(_METADATA_KEY, "{}"))
-    return load_file(path), metadata
+    return metadata
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

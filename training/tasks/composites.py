@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -18,6 +19,7 @@ from training.tasks.detection_task import (
     build_detection_task,
 )
 from training.tasks.scene_store import ScenePool, StoredScenes, load_scenes, make_composer
+from training.tasks.scenes import SceneComposer
 from training.tasks.text_task import read_wordings, select_names
 
 WORDINGS_FILE = Path(__file__).with_name("detection_wordings.toml")
@@ -45,7 +47,11 @@ class CompositeScenes:
 
     def read_pixels(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Picture of one scene."""
-        return make_composer(self.pool, self.cache_dir).compose(index).pixels
+        return self._composer.compose(index).pixels
+
+    @cached_property
+    def _composer(self) -> SceneComposer:
+        return make_composer(self.pool, self.cache_dir)
 
 
 def load_composites(

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from service.errors import InvalidTaskDataError
-from training.checkpoint import read_tensors, write_tensors
+from training.checkpoint import read_metadata, read_tensors, write_tensors
 from training.tasks.archives import Archive, fetch_archive, unpack_archive
 from training.tasks.cache import open_scratch_dir
 
@@ -92,7 +92,7 @@ def load_cutouts(
     """
     path = cache_dir / "detection" / "cutouts.safetensors"
     wanted = _describe_format()
-    if not path.exists() or read_tensors(path)[1].get("made_from") != wanted:
+    if not path.exists() or read_metadata(path).get("made_from") != wanted:
         _prepare(path, cache_dir, wanted, progress)
     tensors, metadata = read_tensors(path)
     index = json.loads(metadata["index"])

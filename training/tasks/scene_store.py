@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training.checkpoint import read_tensors, write_tensors
+from training.checkpoint import read_metadata, read_tensors, write_tensors
 from training.tasks.cutouts import Part, load_cutouts
 from training.tasks.detection_task import Annotation
 from training.tasks.scenes import SceneComposer
@@ -132,13 +132,4 @@ def _describe(pool: ScenePool) -> str:
 
 
 def _is_current(path: Path, description: str) -> bool:
-    return path.exists() and read_tensors_metadata(path).get("made_from") == description
-
-
-def read_tensors_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a shard, without its tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        header: dict[str, str] = json.loads((file.metadata() or {}).get("metadata", "{}"))
-    return header
+    return path.exists() and read_metadata(path).get("made_from") == description
