@@ -9,11 +9,11 @@ export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/.cache/tools/usr/bin:$(PATH)
 
-.PHONY: help demo serve test lint format typecheck bench train clean test-tools
+.PHONY: help demo serve test lint format typecheck bench bench-serving bench-scaling bench-interference bench-overload chaos fuzz train clean test-tools
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(INSTALLED) ## Generate an adapter from words, and compare it with the base model
 	$(BIN)/icm-lora demo
@@ -39,6 +39,24 @@ typecheck: $(INSTALLED) ## Check types with mypy --strict
 
 bench: $(INSTALLED) test-tools ## Measure latency and throughput; fails where a target is missed
 	$(BIN)/python -m tests.bench
+
+bench-serving: $(INSTALLED) ## Measure text serving beside vLLM (ICM_BENCH_VLLM) and transformers
+	$(BIN)/python -m tests.bench.serving
+
+bench-scaling: $(INSTALLED) ## Measure throughput with 1 to 1,000 adapters under four request mixes
+	$(BIN)/python -m tests.bench.scaling
+
+bench-interference: $(INSTALLED) ## Measure short completions beside long ones
+	$(BIN)/python -m tests.bench.interference
+
+bench-overload: $(INSTALLED) test-tools ## Measure load above capacity, Redis faults and SIGTERM under load
+	$(BIN)/python -m tests.bench.overload
+
+chaos: $(INSTALLED) ## Two minutes of random generate, infer, delete and alias: no wrong answer
+	$(BIN)/python -m tests.chaos
+
+fuzz: $(INSTALLED) ## Send 5,000 requests made from the OpenAPI document, with a key and without
+	$(BIN)/python -m tests.fuzz
 
 train: $(INSTALLED) ## Train the shipped bundle anew, into runs/text-embedded (hours on a CPU)
 	$(BIN)/icm-lora train training/recipes/text-embedded.toml --out runs/text-embedded

@@ -9,12 +9,21 @@
     ├── InvalidBundleError (500 invalid_bundle)          a bundle on disk cannot be trusted
     │   ├── BaseModelMismatchError (500 base_model_mismatch)
     │   └── TaskEncoderMismatchError (500 task_encoder_mismatch)
+    ├── UnauthenticatedError (401 unauthenticated)       no valid API key
+    ├── ForbiddenError (403 forbidden)                   the key lacks a scope
     ├── InvalidAdapterError (422 invalid_adapter)        an adapter does not fit or is not finite
+    ├── AdapterMismatchError (500 adapter_mismatch)      a slot held another adapter
+    ├── OutOfDistributionError (422 out_of_distribution)  a task unlike all training tasks
     ├── AdapterNotFoundError (404 adapter_not_found)     never answered with the base model
+    │   └── AliasNotFoundError (404 alias_not_found)     the tenant has no such alias
+    ├── GenerationConflictError (409 generation_conflict)  an alias is not what was expected
     ├── NotCachedError (404 not_cached)                  `cache: only` and nothing cached
     ├── QueueFullError (429 queue_full)                  overload, with `retry_after_seconds`
+    ├── RateLimitedError (429 rate_limited)              a tenant asks too often or for too much
+    ├── QuotaExceededError (429 quota_exceeded)          a tenant holds too many adapters' bytes
     ├── NoFreeSlotError (503 no_free_slot)               every slot is leased by a running request
     ├── NotReadyError (503 not_ready)                    starting or shutting down
+    ├── RegistryUnavailableError (503 registry_unavailable)  aliases cannot be changed now
     ├── DeadlineExceededError (504 deadline_exceeded)
     └── MissingDependencyError (500 missing_dependency)  an optional package or embedded weights
 
@@ -109,12 +118,51 @@ class TaskEncoderMismatchError(InvalidBundleError):
     title = "Task encoder mismatch"
 
 
+class UnauthenticatedError(IcmLoraError):
+    """The request carries no API key, or an unknown one."""
+
+    status = 401
+    code = "unauthenticated"
+    title = "Unauthenticated"
+
+
+class ForbiddenError(IcmLoraError):
+    """The API key is valid but lacks a scope that the request needs."""
+
+    status = 403
+    code = "forbidden"
+    title = "Forbidden"
+
+
 class InvalidAdapterError(IcmLoraError):
-    """An adapter has the wrong layout, the wrong shapes or non-finite values."""
+    """An adapter has the wrong layout, values that are not finite, or an update out of range.
+
+    Attributes:
+        reason: the check that it failed, one of a few words, for metrics.
+    """
 
     status = 422
     code = "invalid_adapter"
     title = "Invalid adapter"
+
+    def __init__(self, detail: str, reason: str = "malformed") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class OutOfDistributionError(IcmLoraError):
+    """A task is unlike everything that the generator was trained on; names the nearest tasks."""
+
+    status = 422
+    code = "out_of_distribution"
+    title = "Task out of distribution"
+
+
+class AdapterMismatchError(IcmLoraError):
+    """A slot held other values than those of the request's adapter; nothing was answered."""
+
+    code = "adapter_mismatch"
+    title = "Adapter mismatch"
 
 
 class AdapterNotFoundError(IcmLoraError):
@@ -123,6 +171,21 @@ class AdapterNotFoundError(IcmLoraError):
     status = 404
     code = "adapter_not_found"
     title = "Adapter not found"
+
+
+class AliasNotFoundError(AdapterNotFoundError):
+    """The tenant has no alias of this name."""
+
+    code = "alias_not_found"
+    title = "Alias not found"
+
+
+class GenerationConflictError(IcmLoraError):
+    """The alias has another generation than the request expects; read it again."""
+
+    status = 409
+    code = "generation_conflict"
+    title = "Generation conflict"
 
 
 class NotCachedError(IcmLoraError):
@@ -145,6 +208,30 @@ class QueueFullError(IcmLoraError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class RateLimitedError(IcmLoraError):
+    """The tenant's requests, running requests or tokens are over its limits for now."""
+
+    status = 429
+    code = "rate_limited"
+    title = "Rate limit reached"
+
+    def __init__(self, detail: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class QuotaExceededError(IcmLoraError):
+    """The tenant's resident adapters fill its quota of bytes."""
+
+    status = 429
+    code = "quota_exceeded"
+    title = "Quota exceeded"
+
+    def __init__(self, detail: str, retry_after_seconds: int = 60) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class NoFreeSlotError(IcmLoraError):
     """Every slot of the bank is leased by a running request."""
 
@@ -159,6 +246,14 @@ class NotReadyError(IcmLoraError):
     status = 503
     code = "not_ready"
     title = "Service not ready"
+
+
+class RegistryUnavailableError(IcmLoraError):
+    """Aliases cannot be changed while the Redis that all replicas share cannot be asked."""
+
+    status = 503
+    code = "registry_unavailable"
+    title = "Registry unavailable"
 
 
 class DeadlineExceededError(IcmLoraError):

@@ -51,10 +51,44 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("port"),
         ),
     ] = 8000
+    metrics_port: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=65_535,
+            description="TCP port of `/metrics` alone, without a key; unset: `/metrics` is on "
+            "the main port, and needs the scope `admin` where there are API keys.",
+            json_schema_extra=_unit("port"),
+        ),
+    ] = None
+    metrics_host: Annotated[
+        str,
+        Field(
+            description="Address that the metrics port listens on.",
+            json_schema_extra=_unit("address"),
+        ),
+    ] = "127.0.0.1"
+    api_keys_file: Annotated[
+        Path | None,
+        Field(
+            description="JSON list of API keys (`icm-lora keys new` makes one); unset: everybody "
+            "may do everything.",
+            json_schema_extra=_unit("path"),
+        ),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Field(description="Least severe log line written.", json_schema_extra=_unit("level")),
     ] = "info"
+    otlp_endpoint: Annotated[
+        str,
+        Field(
+            pattern="^(https?://.+)?$",
+            description="OpenTelemetry collector that traces are sent to by OTLP over HTTP "
+            "(`http://127.0.0.1:4318`); needs the extra `otel`. Empty: no traces.",
+            json_schema_extra=_unit("URL"),
+        ),
+    ] = ""
     bundle: Annotated[
         Path | None,
         Field(
@@ -142,6 +176,24 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("seconds"),
         ),
     ] = 2.0
+    redis_secret: Annotated[
+        SecretStr,
+        Field(
+            description="Signs what is written to Redis (HMAC-SHA256), the same for all replicas; "
+            "a value without a right signature is deleted and generated again. Empty: values "
+            "carry a checksum only, so whoever can write to Redis decides what is served.",
+            json_schema_extra=_unit("secret"),
+        ),
+    ] = SecretStr("")
+    redis_lock_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=60,
+            description="Longest wait for another replica that generates the same adapter.",
+            json_schema_extra=_unit("seconds"),
+        ),
+    ] = 2.0
     adapter_ttl_seconds: Annotated[
         int,
         Field(
@@ -159,6 +211,30 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("bytes"),
         ),
     ] = 268_435_456
+    pinned_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Memory for the adapters of pinned aliases, beside the cache.",
+            json_schema_extra=_unit("bytes"),
+        ),
+    ] = 67_108_864
+    runtime_lora_updating: Annotated[
+        bool,
+        Field(
+            description="Serve vLLM's `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, which "
+            "make and delete aliases.",
+            json_schema_extra=_unit("flag"),
+        ),
+    ] = False
+    out_of_distribution: Annotated[
+        Literal["reject", "nearest", "base", "generate"],
+        Field(
+            description="What to do with a task unlike all training tasks where the request does "
+            "not say: 422, the nearest task's adapter, the base model, or its adapter anyway.",
+            json_schema_extra=_unit("policy"),
+        ),
+    ] = "reject"
     num_slots: Annotated[
         int,
         Field(
@@ -188,10 +264,21 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="Requests waiting for a batch; further ones get 429.",
+            description="Requests waiting for a batch; further ones get 429, but for tenants that "
+            "have less than their equal share: twice as many at most.",
             json_schema_extra=_unit("requests"),
         ),
     ] = 256
+    max_queue_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Tokens that the waiting requests may ask for together; further ones get "
+            "429, with the same exception. So does what would miss its deadline in its tenant's "
+            "turn.",
+            json_schema_extra=_unit("tokens"),
+        ),
+    ] = 65_536
     max_prompt_tokens: Annotated[
         int,
         Field(
@@ -225,6 +312,15 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("bytes"),
         ),
     ] = 12_582_912
+    max_adapter_bytes: Annotated[
+        int,
+        Field(
+            ge=1024,
+            description="Largest request body of the routes that take adapters, `/v1/adapters` "
+            "and `/v1/load_lora_adapter`; base64 makes a file a third larger.",
+            json_schema_extra=_unit("bytes"),
+        ),
+    ] = 33_554_432
     max_image_pixels: Annotated[
         int,
         Field(
@@ -233,12 +329,80 @@ class Settings(BaseSettings):
             json_schema_extra=_unit("pixels"),
         ),
     ] = 25_000_000
+    header_timeout_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Time within which a request's head must arrive.",
+            json_schema_extra=_unit("seconds"),
+        ),
+    ] = 10.0
+    body_timeout_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Time within which a request's body must arrive, else 408.",
+            json_schema_extra=_unit("seconds"),
+        ),
+    ] = 30.0
+    tenant_requests_per_second: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Requests of one tenant, on average; further ones get 429. 0: no limit. "
+            "This and the following limits can be set for one tenant in the keys file.",
+            json_schema_extra=_unit("requests/s"),
+        ),
+    ] = 0.0
+    tenant_request_burst: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Requests of one tenant at once, after a pause.",
+            json_schema_extra=_unit("requests"),
+        ),
+    ] = 20
+    tenant_concurrent_requests: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Requests of one tenant that may be in progress; 0: no limit.",
+            json_schema_extra=_unit("requests"),
+        ),
+    ] = 0
+    tenant_tokens_per_minute: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Tokens generated for one tenant; a request counts with what it may "
+            "generate until it is done. 0: no limit.",
+            json_schema_extra=_unit("tokens/min"),
+        ),
+    ] = 0
+    tenant_adapter_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Adapters of one tenant in this process; further ones get 429. "
+            "0: no limit.",
+            json_schema_extra=_unit("bytes"),
+        ),
+    ] = 0
+    tenant_pinned_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Adapters of one tenant's pinned aliases, of `ICM_LORA_PINNED_BYTES` for "
+            "all; further ones get 429. 0: no limit.",
+            json_schema_extra=_unit("bytes"),
+        ),
+    ] = 0
     shutdown_delay_seconds: Annotated[
         float,
         Field(
             ge=0,
-            description="Time between SIGTERM (readiness turns 503) and the closing of the port, "
-            "so that a load balancer notices; 5 suits Kubernetes.",
+            description="Time between SIGTERM (readiness turns 503) and the first request that is "
+            "refused with 503, so that a load balancer notices; 5 suits Kubernetes.",
             json_schema_extra=_unit("seconds"),
         ),
     ] = 0.0
@@ -246,7 +410,7 @@ class Settings(BaseSettings):
         float,
         Field(
             gt=0,
-            description="Time that running requests get to finish at shutdown.",
+            description="Time that running requests get to finish at shutdown, else they get 503.",
             json_schema_extra=_unit("seconds"),
         ),
     ] = 20.0

@@ -5,12 +5,25 @@ A test compares README.md with these, so no number in it is typed by hand.
 
 import json
 from pathlib import Path
+from typing import Any
 
+import service.api.app  # noqa: F401 - all errors are then defined
+from service.api.error_table import render_errors_table
 from service.settings import render_settings_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "training" / "results" / "text-smollm2"
 DETECTION_RESULTS = ROOT / "training" / "results" / "detection-embedded"
+SERVING_RESULTS = ROOT / "training" / "results" / "serving"
+SERVING_COMMANDS = {
+    "serving": "bench-serving",
+    "scaling": "bench-scaling",
+    "interference": "bench-interference",
+    "overload": "bench-overload",
+    "chaos": "chaos",
+    "fuzz": "fuzz",
+}
+"""Result files of text serving, and the targets of make that write them."""
 
 
 def render_blocks() -> dict[str, str]:
@@ -21,6 +34,8 @@ def render_blocks() -> dict[str, str]:
         "results": (RESULTS / "evaluation.md").read_text().strip(),
         "detection": (DETECTION_RESULTS / "evaluation.md").read_text().strip(),
         "bench": _render_bench(json.loads((RESULTS / "bench.json").read_text())),
+        "serving": _render_serving(SERVING_RESULTS),
+        "errors": render_errors_table(),
         "settings": render_settings_table().strip(),
     }
 
@@ -40,14 +55,42 @@ def write_blocks(path: Path) -> None:
     path.write_text(text)
 
 
-def _render_bench(document: dict[str, list[dict[str, object]]]) -> str:
+def _render_bench(document: dict[str, Any]) -> str:
     lines = ["| measured | value | target |", "|---|--:|--:|"]
-    for row in document["measurements"]:
-        sign = "≤" if row["at_most"] else "≥"
-        lines.append(
-            f"| {row['name']} | {row['value']:.3g} {row['unit']} "
-            f"| {sign} {row['target']:g} {row['unit']} |"
-        )
+    return "\n".join([*lines, *map(_render_row, document["measurements"])])
+
+
+def _render_row(row: dict[str, Any]) -> str:
+    number = f"{row['value']:,.0f}" if row["value"] >= 1_000 else f"{row['value']:.3g}"
+    value = f"{number} {row['unit']}".strip()
+    if row["target"] is None:
+        return f"| {row['name']} | {value} | |"
+    sign = "≤" if row["at_most"] else "≥"
+    target = f"{sign} {row['target']:,g} {row['unit']}".strip()
+    missed = "" if row["met"] else ", **missed**"
+    return f"| {row['name']} | {value} | {target}{missed} |"
+
+
+def _render_serving(folder: Path) -> str:
+    """What there is of the results of text serving; the table of adapters in full."""
+    found = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in SERVING_COMMANDS
+        if (folder / f"{name}.json").exists()
+    }
+    if not found:
+        return "Not measured yet."
+    lines = ["| measured | value | target |", "|---|--:|--:|"]
+    for name, document in found.items():
+        peer = document["setup"].get("vllm")
+        made_by = f"`make {SERVING_COMMANDS[name]}`, commit `{document['commit']}`"
+        lines.append(f"| *{document['title']}* ({made_by}{f', vLLM {peer}' if peer else ''}) | | |")
+        rows = document["measurements"]
+        shown = rows if name != "scaling" else [row for row in rows if row["target"] is not None]
+        lines += map(_render_row, shown)
+    if (folder / "scaling.md").exists():
+        table = (folder / "scaling.md").read_text().strip()
+        lines += ["", "Tokens per second by number of adapters and request mix:", "", table]
     return "\n".join(lines)
 
 

@@ -54,11 +54,24 @@ def cut_windows(
 
 
 def measure_nll(
-    base: BaseModel, windows: Int[Tensor, "batch window_tokens"]
+    base: BaseModel,
+    windows: Int[Tensor, "batch window_tokens"],
+    prefix: Int[Tensor, " prefix_tokens"] | None = None,
 ) -> Float[Tensor, "batch predicted"]:
-    """Negative log-likelihood in nats of every token but the first of each window."""
+    """Negative log-likelihood in nats of every token but the first of each window.
+
+    Args:
+        base: the model.
+        windows: what is scored.
+        prefix: tokens that stand before every window and are not scored.
+    """
     windows = windows.to(base.device)
-    logits = base.model(input_ids=windows, use_cache=False).logits[:, :-1]
+    ids = windows
+    if prefix is not None:
+        ids = torch.cat([prefix.to(base.device).expand(len(windows), -1), windows], dim=1)
+    logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=windows.shape[1]).logits[
+        :, :-1
+    ]
     flat = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none"
     )

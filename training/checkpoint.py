@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _METADATA_KEY = "metadata"
@@ -56,6 +56,22 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
+
+
+def write_training_state(path: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Keeps a model and its optimiser after so many steps."""
+    tensors = {**model.state_dict(), **optimizer_tensors(optimizer)}
+    write_tensors(path, tensors, {"step": str(step)})
+
+
+def restore_training_state(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Loads `write_training_state` back, where there is one; returns the steps done."""
+    if not path.exists():
+        return 0
+    tensors, metadata = read_tensors(path)
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    restore_optimizer(optimizer, tensors)
+    return int(metadata["step"])
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.client.errors import ClientError
 from service.errors import IcmLoraError, InvalidInputError
+from training.server_commands import (
+    add_policy_option,
+    add_server_commands,
+    add_server_options,
+    generate_on_server,
+)
 
 if TYPE_CHECKING:
     from training.pipeline import Pipeline
@@ -29,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Command = arguments.command
     try:
         return command(arguments)
-    except IcmLoraError as error:
+    except (IcmLoraError, ClientError) as error:
         print(f"error [{error.code}]: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -54,7 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = add("data", _data, "fetch and prepare the data of the shipped bundles (once)")
     data.add_argument(
-        "names", nargs="*", metavar="NAME", help="text domains, or `composites`; default: domains"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="text domains, `families` or `composites`; default: all domains",
     )
 
     train = add("train", _train, "run all stages of a recipe; resumes where it was stopped")
@@ -113,16 +123,52 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_threads(evaluate)
 
-    generate = add("generate", _generate, "write an adapter as a PEFT directory")
+    unseen = add(
+        "unseen", _unseen, "score text tasks of a run as tasks that nothing was trained for"
+    )
+    unseen.add_argument("run", type=Path, metavar="RUN")
+    unseen.add_argument(
+        "--methods",
+        nargs="+",
+        default=["in_context", "soup", "top_k", "nearest", "pca_ridge"],
+        metavar="METHOD",
+        help="the first is judged against the others",
+    )
+    unseen.add_argument("--windows", type=int, default=80, help="held-out windows per task")
+    unseen.add_argument("--window-tokens", type=int, default=65, help="tokens per window")
+    unseen.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="each method is fitted so often"
+    )
+    unseen.add_argument("--out", type=Path, metavar="DIR", help="write JSON and a table")
+    _add_threads(unseen)
+
+    generate = add(
+        "generate", _generate, "make an adapter: here, as a PEFT directory, or on a server"
+    )
     generate.add_argument("task", help='for example "Continue in the style of a recipe."')
-    generate.add_argument("--out", type=Path, required=True, metavar="DIR")
-    generate.add_argument("--bundle", type=Path, default=REPOSITORY_BUNDLE)
+    generate.add_argument("--out", type=Path, metavar="DIR", help="needed without --server")
+    generate.add_argument("--bundle", type=Path, help="without --server: which generator")
     generate.add_argument("--mode", choices=["mode", "sample"], default="mode")
     generate.add_argument("--seed", type=int, default=0, help="--mode sample: of z")
     generate.add_argument("--temperature", type=float, default=1.0, help="std of z, 0 to 2")
     generate.add_argument("--strength", type=float, default=1.0, help="update factor, 0 to 4")
+    add_policy_option(generate)
+    add_server_options(generate, default=None)
+    add_server_commands(add, commands)
 
     add("serve", _serve, "serve HTTP; settings come from ICM_LORA_* variables (see README)")
+    keys = commands.add_parser("keys", help="make API keys")
+    key_actions = keys.add_subparsers(required=True, metavar="ACTION")
+    new_key = key_actions.add_parser("new", help="print a new key, and its entry for the file")
+    new_key.add_argument("--tenant", required=True, help="who owns what is made with the key")
+    new_key.add_argument(
+        "--scope",
+        action="append",
+        required=True,
+        choices=["infer", "generate", "admin"],
+        help="what the key allows; may be given more than once",
+    )
+    new_key.set_defaults(command=_new_key)
     add("demo", _demo, "start the service, generate an adapter, compare it with the base")
     return parser
 
@@ -142,14 +188,18 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _data(arguments: argparse.Namespace) -> int:
     from training.tasks.composites import load_composites
     from training.tasks.text_domains import prepare_domains
+    from training.tasks.text_families import prepare_families
 
-    names = list(arguments.names)
-    if "composites" in names:
-        names.remove("composites")
-        load_composites()
-        if not names:
-            return 0
-    prepare_domains(names=names or None)
+    whole_sources: dict[str, Callable[[], object]] = {
+        "composites": load_composites,
+        "families": prepare_families,
+    }
+    for source, prepare in whole_sources.items():
+        if source in arguments.names:
+            prepare()
+    names = [name for name in arguments.names if name not in whole_sources]
+    if names or not arguments.names:
+        prepare_domains(names=names or None)
     return 0
 
 
@@ -266,11 +316,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+def _unseen(arguments: argparse.Namespace) -> int:
+    from training.evaluation.run import evaluate_unseen
+    from training.evaluation.unseen import UnseenSettings
+    from training.run_dir import RunDir
+
+    settings = UnseenSettings(
+        arguments.windows, arguments.window_tokens, seeds=tuple(arguments.seeds)
+    )
+    evaluate_unseen(RunDir.read(arguments.run), arguments.methods, settings, arguments.out)
+    return 0
+
+
 def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.server is not None:
+        if arguments.bundle is not None:
+            raise InvalidInputError("leave out --bundle: the server has its own")
+        return generate_on_server(arguments)
+    if arguments.out is None or arguments.json or arguments.out_of_distribution:
+        raise InvalidInputError("name a folder with --out, or a service with --server")
     from service.adapters.peft_format import write_peft_directory
     from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
 
-    synthesizer = load_synthesizer(arguments.bundle)
+    synthesizer = load_synthesizer(arguments.bundle or REPOSITORY_BUNDLE)
     bundle = synthesizer.bundle
     recipe = AdapterRecipe.build(
         task=arguments.task,
@@ -295,6 +363,14 @@ def _serve(_: argparse.Namespace) -> int:
     from service.__main__ import main as serve
 
     return serve()
+
+
+def _new_key(arguments: argparse.Namespace) -> int:
+    from service.api.keys import make_key
+
+    key, entry = make_key(arguments.tenant, arguments.scope)
+    print(f"{key}\nis shown this once. The entry for the list in ICM_LORA_API_KEYS_FILE:\n{entry}")
+    return 0
 
 
 def _demo(_: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """Training of the embedded detector: the frozen base that detection adapters are for."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from service.inference.base_model import resolve_device
 from service.inference.embedded_detector import (
     GRID,
     NUM_BINS,
@@ -28,6 +28,7 @@ from training.checkpoint import optimizer_tensors, read_tensors, restore_optimiz
 from training.detector_prompts import build_processor
 from training.progress import Report
 from training.recipe import DetectorSection
+from training.schedule import warm_cosine
 from training.tasks.detection_task import Annotation, Box, DetectionTask
 from training.tasks.scene_store import StoredScenes
 
@@ -76,7 +77,7 @@ def train_detector(
         cells = nn.Linear(section.width, 5)  # of the auxiliary loss, not part of the detector
     vocabulary = BoxVocabulary.of(model, processor)
     _initialize(model, scenes, vocabulary)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto")
     for module in (model, cells):
         nn.Module.to(module, device)  # in place
     set_dropout(model, section.dropout)
@@ -99,7 +100,8 @@ def train_detector(
         batch = build_box_batch(vocabulary, words, boxes).to(device)
         pictures = scenes.features[chosen].to(device).float()
         for group in optimizer.param_groups:
-            group["lr"] = section.learning_rate * _schedule(step, section.num_steps)
+            share = warm_cosine(step, section.num_steps, section.num_steps // 50, floor=0.01)
+            group["lr"] = section.learning_rate * share
         with torch.autocast(device.type, torch.bfloat16):
             logits, encoded = run_detector(model, pictures, batch)
         loss = loss_function(logits, batch.labels)
@@ -197,9 +199,3 @@ def _restore(path: Path, model: EmbeddedDetector, cells: nn.Linear, optimizer: A
             parameter.copy_(tensors[name])
     restore_optimizer(optimizer, tensors)
     return int(metadata["step"])
-
-
-def _schedule(step: int, num_steps: int) -> float:
-    """Linear warm-up over 2% of the steps, then cosine decay to 1%."""
-    warm = min(1.0, (step + 1) / max(1, num_steps // 50))
-    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))

@@ -15,6 +15,7 @@ from training.generator import configure_generator
 from training.recipe import TRAINED_BASE, Recipe
 from training.tasks.cache import default_cache_dir
 from training.tasks.composites import read_base_tasks, read_categories
+from training.tasks.text_families import read_families
 
 CONDITION_DIMS = {"embedded:minilm-l6-v2": 384, "ViT-B-32": 512, "ViT-L-14": 768}
 """Text embedding sizes of encoders that a dry run should not have to load."""
@@ -109,7 +110,7 @@ def estimate_recipe(recipe: Recipe, num_tasks: int) -> Estimate:
     generator_params = _count_params(generator)
     section = recipe.finetune
     cost = measure_example(model, recipe)
-    examples = section.num_windows * section.epochs
+    examples = section.num_windows * section.epochs * len(section.seeds)
     weight_bytes = 2 if recipe.base.dtype == "bfloat16" else 4
     # Saved activations: about 16 hidden-size rows a layer, plus float32 logits and gradient.
     hidden = cost.hidden_rows * int(config.hidden_size) * 16 * weight_bytes
@@ -145,6 +146,8 @@ def count_tasks(recipe: Recipe) -> int:
     match recipe.tasks.source.partition(":")[0]:
         case "composites":
             return len(read_categories())
+        case "families":
+            return len(read_families())
         case "coco":
             return 80
         case "voc":

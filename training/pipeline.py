@@ -1,6 +1,7 @@
 """The stages of a run, each resumable: adapters, task vectors, generator, bundle."""
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from training.adapters import (
 from training.checkpoint import read_tensors, write_tensors
 from training.detection_examples import build_detection_loss
 from training.detector import train_detector
+from training.functional import train_functionally
 from training.generator import build_generator, train_generator
 from training.progress import track_job
 from training.run_dir import RunDir
@@ -197,16 +199,49 @@ class Pipeline:
         Several processes may share the seeds.
         """
         seeds = self.run.recipe.generator_seeds
-        missing = [seed for seed in seeds if not self.run.seeded_generator(seed).exists()]
+        missing = [seed for seed in seeds if not self._generator_path(seed).exists()]
         if not missing:
             return
         vectors = self.encode_task_vectors()
         checkpoints = self.read_checkpoints()
         for seed in missing:
-            name = self.run.seeded_generator(seed).stem
-            with self.run.claim(name) as mine:
-                if mine and not self.run.seeded_generator(seed).exists():
-                    train_generator(self.run, self.bases.layout, checkpoints, vectors, seed)
+            path = self._generator_path(seed)
+            with self.run.claim(path.stem) as mine:
+                if not mine or path.exists():
+                    continue
+                if not self.run.seeded_generator(seed).exists():
+                    layout = self.bases.layout
+                    train_generator(self.run, layout, checkpoints, vectors, seed, self.families)
+                if self.run.recipe.functional is not None:
+                    self._train_functionally(vectors, checkpoints, seed)
+
+    def _train_functionally(
+        self, vectors: TaskVectors, checkpoints: Mapping[str, Tensor], seed: int
+    ) -> None:
+        attachment = Attachment(self.base.model, self.bases)
+        train_functionally(
+            self.run,
+            self._load_generator(self.run.seeded_generator(seed), seed, vectors),
+            AdapterNormalizer.fit(self.bases.layout, checkpoints),
+            vectors,
+            self.families,
+            self.base,
+            attachment,
+            [self._build_loss(task, seed) for task in self.tasks],
+            seed,
+        )
+        attachment.detach(self.base.model)
+
+    @property
+    def families(self) -> list[str]:
+        """Of each task; a task without one is its own."""
+        return [getattr(task, "family", "") or task.name for task in self.tasks]
+
+    def _generator_path(self, seed: int) -> Path:
+        """Where the finished generator of a seed lies."""
+        if self.run.recipe.functional is not None:
+            return self.run.functional_generator(seed)
+        return self.run.seeded_generator(seed)
 
     def make_bundle(self) -> Bundle:
         """Writes the bundle from the finished stages, and beside it the own adapters.
@@ -250,9 +285,12 @@ class Pipeline:
         return bundle
 
     def _read_generator(self, seed: int, vectors: TaskVectors) -> ConditionalVAE:
-        path = self.run.seeded_generator(seed)
+        path = self._generator_path(seed)
         if not path.exists():
             raise InvalidRecipeError(f"{path.name} is missing: run `icm-lora generator` first")
+        return self._load_generator(path, seed, vectors)
+
+    def _load_generator(self, path: Path, seed: int, vectors: TaskVectors) -> ConditionalVAE:
         model = build_generator(self.bases.layout, self.run.recipe, vectors, seed)
         model.load_state_dict(read_tensors(path)[0])
         return model.eval()

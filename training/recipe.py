@@ -75,7 +75,7 @@ class TasksSection(_Section):
     """`[tasks]`: where the tasks come from."""
 
     source: str = Field(
-        description="text: domains | smoke | folder:PATH | jsonl:PATH | hub:DATASET; "
+        description="text: domains | families | smoke | folder:PATH | jsonl:PATH | hub:DATASET; "
         "detection: composites | coco:PATH | voc:PATH"
     )
     names: tuple[str, ...] | None = Field(default=None, description="subset; all when absent")
@@ -141,13 +141,13 @@ class EncoderSection(_Section):
 class GeneratorSection(_Section):
     """`[generator]`: the conditional VAE and its training."""
 
-    preset: Literal["paper", "token"]
+    preset: Literal["paper", "token", "in_context"]
     latent_dim: int = Field(ge=1)
     depth: int = Field(default=12, ge=1, description="convolutional layers each way")
     width: int = Field(ge=1, description="channels (paper: the widest layer)")
-    chunk_size: int = Field(default=256, ge=1, description="token: values per token at most")
+    chunk_size: int = Field(default=256, ge=1, description="not paper: values per token at most")
     attention_temperature: float = Field(
-        default=0.03, gt=0, description="token: of the attention over task vectors, in cosine"
+        default=0.03, gt=0, description="not paper: of the attention over task vectors, in cosine"
     )
     epochs: int = Field(ge=1, description="passes over all (checkpoint, task) pairs")
     batch_size: int = Field(ge=1)
@@ -156,6 +156,26 @@ class GeneratorSection(_Section):
     wording_noise: float = Field(
         default=0.0, ge=0, description="std of Gaussian noise on unit task vectors, x sqrt(dim)"
     )
+
+
+class ContextSection(_Section):
+    """`[context]`: what the decoder of preset `in_context` sees of the training tasks."""
+
+    num_neighbours: int = Field(ge=1, description="nearest training tasks that are looked at")
+    episode_share: float = Field(
+        ge=0, le=1, description="of examples that hide their task's family from the decoder"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="of each other task being hidden, in every example"
+    )
+
+
+class FunctionalSection(_Section):
+    """`[functional]`: training of the generator through the frozen base, after reconstruction."""
+
+    num_steps: int = Field(ge=1, description="of one task each")
+    batch_size: int = Field(ge=1, description="training examples of a step")
+    learning_rate: float = Field(gt=0)
 
 
 class EvaluationSection(_Section):
@@ -185,6 +205,8 @@ class Recipe(_Section):
     finetune: FinetuneSection
     encoder: EncoderSection
     generator: GeneratorSection
+    context: ContextSection | None = None
+    functional: FunctionalSection | None = None
     evaluation: EvaluationSection | None = None
     bundle: BundleSection
 
@@ -195,6 +217,12 @@ class Recipe(_Section):
         is_detection = self.tasks.source.partition(":")[0] in DETECTION_SOURCES
         if is_detection != (self.detection is not None):
             raise ValueError(f"[detection] goes with the sources {', '.join(DETECTION_SOURCES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_context(self) -> "Recipe":
+        if (self.context is not None) != (self.generator.preset == "in_context"):
+            raise ValueError("[context] goes with the generator's preset in_context")
         return self
 
     @property

@@ -25,6 +25,7 @@ class RunDir:
         task_vectors.safetensors         encoded wordings
         generator.safetensors            trained conditional VAE
         generator.SEED.safetensors       further ones, to compare with
+        functional.SEED.safetensors      each, trained through the base
         seed_adapters.safetensors        what these generate
         own_adapters.safetensors         mean late checkpoint of each task, for evaluation
         bundle/                          what serving loads
@@ -55,8 +56,10 @@ class RunDir:
                     f"{root} holds the adapters of another recipe: choose another --out, or "
                     "delete it"
                 )
-            made_by = ("encoder", "generator")
-            made = [path for path in (run.generator, run.state("generator")) if path.exists()]
+            made_by = ("encoder", "generator", "context", "functional")
+            functional = [run.functional_generator(seed) for seed in before.generator_seeds]
+            trained = (run.generator, run.state("generator"), *functional)
+            made = [path for path in trained if path.exists()]
             if made and before.stage_digest(*made_by) != recipe.stage_digest(*made_by):
                 raise InvalidRecipeError(
                     f"{root} holds the generator of another recipe: choose another --out, or "
@@ -108,6 +111,10 @@ class RunDir:
             if seed == self.recipe.seed
             else self.root / f"generator.{seed}.safetensors"
         )
+
+    def functional_generator(self, seed: int) -> Path:
+        """The generator of a seed after training through the base, where the recipe has that."""
+        return self.root / f"functional.{seed}.safetensors"
 
     @property
     def seed_adapters(self) -> Path:

@@ -4,14 +4,17 @@ Redis is an optimisation and never a condition: whatever happens to it, calls he
 (with `degraded` set) instead of raising, and within a bounded time.
 """
 
+import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from service.adapters.record import AdapterRecord
-from service.adapters.redis_cache import LookupResult, RedisCache
+from service.adapters.redis_cache import LookupResult, RedisAnswer, RedisCache
+from service.errors import InvalidAdapterError
+from service.threads import Computations
 
 __all__ = ["AdapterCache", "CacheObserver", "Lookup", "ProcessCache", "RedisCache"]
 
@@ -61,6 +64,12 @@ class ProcessCache:
         self._clock = clock
         self._entries: OrderedDict[str, tuple[AdapterRecord, float]] = OrderedDict()
         self._size_bytes = 0
+        self._tenant_bytes: Counter[str] = Counter()
+
+    def __contains__(self, adapter_id: str) -> bool:
+        """Whether there is a live record, which does not become the most recently used one."""
+        entry = self._entries.get(adapter_id)
+        return entry is not None and entry[1] > self._clock()
 
     def get(self, adapter_id: str) -> AdapterRecord | None:
         """The record, now the most recently used one; None where absent or expired."""
@@ -79,6 +88,7 @@ class ProcessCache:
         self.delete(record.adapter_id)
         self._entries[record.adapter_id] = (record, self._clock() + ttl_seconds)
         self._size_bytes += record.size_bytes
+        self._tenant_bytes[record.tenant] += record.size_bytes
         if self._size_bytes > self._max_bytes:
             self._drop_expired()
         if record.size_bytes > self._max_bytes:
@@ -92,6 +102,7 @@ class ProcessCache:
         if entry is None:
             return False
         self._size_bytes -= entry[0].size_bytes
+        self._tenant_bytes[entry[0].tenant] -= entry[0].size_bytes
         return True
 
     def ids(self) -> list[str]:
@@ -108,6 +119,18 @@ class ProcessCache:
         """Sum of the live records' sizes in bytes."""
         self._drop_expired()
         return self._size_bytes
+
+    def tenant_bytes(self, tenant: str) -> int:
+        """Sum of the sizes of one tenant's live records in bytes."""
+        self._drop_expired()
+        return self._tenant_bytes[tenant]
+
+    def seconds_to_expiry(self, tenant: str) -> float:
+        """Time until the first of one tenant's records expires; infinite where there is none."""
+        expiries = [
+            expires_at for record, expires_at in self._entries.values() if record.tenant == tenant
+        ]
+        return min(expiries, default=math.inf) - self._clock()
 
     def __len__(self) -> int:
         """Number of live records."""
@@ -128,6 +151,9 @@ class AdapterCache:
         process: first tier.
         redis: second tier, or None where not configured (which is no degradation).
         observer: receives the lookups of both tiers.
+        check: blocking; raises `InvalidAdapterError` for a record that may not serve. What is
+            stored here must pass it, and what Redis holds passes it before it is used.
+        computations: where checks run, and the syntheses of what is not cached.
     """
 
     def __init__(
@@ -135,10 +161,23 @@ class AdapterCache:
         process: ProcessCache,
         redis: RedisCache | None = None,
         observer: CacheObserver | None = None,
+        check: Callable[[AdapterRecord], None] | None = None,
+        computations: Computations | None = None,
     ) -> None:
         self.process = process
         self.redis = redis
         self._observer = observer
+        self._check = check
+        self.computations = computations or Computations()
+
+    async def check(self, record: AdapterRecord) -> None:
+        """Lets a record pass that may serve.
+
+        Raises:
+            InvalidAdapterError: it may not.
+        """
+        if self._check is not None:
+            await self.computations.run(self._check, record)
 
     @property
     def degraded(self) -> bool:
@@ -164,10 +203,19 @@ class AdapterCache:
         answer = await self.redis.get(adapter_id)
         if self._observer is not None:
             self._observer.on_lookup("redis", answer.result)
-        if answer.record is None:
-            return Lookup(None, None, degraded=not answer.asked)
-        self.process.put(answer.record, answer.ttl_seconds)
-        return Lookup(answer.record, "redis", degraded=False)
+        return await self._admit(answer)
+
+    async def claim(self, adapter_id: str) -> tuple[Lookup, str | None]:
+        """Looks in Redis and takes the adapter's lock there, if it is free: then a token."""
+        if self.redis is None:
+            return Lookup(None, None, degraded=False), None
+        claim = await self.redis.claim(adapter_id)
+        return await self._admit(claim.answer), claim.token
+
+    async def release(self, adapter_id: str, token: str) -> None:
+        """Gives a lock back."""
+        if self.redis is not None:
+            await self.redis.release(adapter_id, token)
 
     async def store(self, record: AdapterRecord, ttl_seconds: float) -> bool:
         """Stores in both tiers; True (degraded) where a configured Redis did not take it."""
@@ -185,6 +233,18 @@ class AdapterCache:
             return in_process
         in_redis = await self.redis.delete(adapter_id)
         return None if in_redis is None else in_process or in_redis
+
+    async def _admit(self, answer: RedisAnswer) -> Lookup:
+        if answer.record is None:
+            return Lookup(None, None, degraded=not answer.asked)
+        try:
+            await self.check(answer.record)
+        except InvalidAdapterError:
+            assert self.redis is not None, "Redis answered"
+            await self.redis.reject(answer.record.adapter_id, "invalid")
+            return Lookup(None, None, degraded=False)
+        self.process.put(answer.record, answer.ttl_seconds)
+        return Lookup(answer.record, "redis", degraded=False)
 
     async def close(self) -> None:
         """Closes the connections to Redis."""

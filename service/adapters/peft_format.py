@@ -69,7 +69,7 @@ def write_peft_directory(
         InvalidAdapterError: the vector has another length or is not finite, or the bases
             belong to another layout.
     """
-    files = _render_files(layout, bases, vector, base_reference)
+    files = render_peft_files(layout, bases, vector, base_reference)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -91,7 +91,7 @@ def zip_peft_adapter(
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in _render_files(layout, bases, vector, base_reference).items():
+        for name, content in render_peft_files(layout, bases, vector, base_reference).items():
             member = zipfile.ZipInfo(name, _ZIP_TIMESTAMP)
             member.create_system = 3  # Unix, wherever this runs
             member.external_attr = 0o100644 << 16
@@ -113,16 +113,24 @@ def read_peft_directory(folder: Path, layout: AdapterLayout) -> Float[Tensor, " 
         raise InvalidAdapterError(
             f"a PEFT directory cannot be read as kind {layout.kind.value!r}: only 'lora' inverts"
         )
-    _check_config(folder / CONFIG_FILE, layout)
-    vector = layout.flatten(_read_factors(folder / WEIGHTS_FILE))
+    config = parse_peft_config(_read_file(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    for key, expected in (("r", layout.rank), ("lora_alpha", layout.alpha)):
+        if config[key] != expected:
+            raise InvalidAdapterError(
+                f"{folder / CONFIG_FILE}: {key} is {config[key]!r}, expected {expected}"
+            )
+    vector = layout.flatten(
+        parse_peft_weights(_read_file(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    )
     if not torch.isfinite(vector).all():
         raise InvalidAdapterError(f"{folder / WEIGHTS_FILE} holds values that are not finite")
     return vector
 
 
-def _render_files(
+def render_peft_files(
     layout: AdapterLayout, bases: AdapterBases, vector: Tensor, base_reference: str
 ) -> dict[str, bytes]:
+    """The files of a PEFT directory by their names; arguments and errors as its writer's."""
     if bases.layout != layout:
         raise InvalidAdapterError("the bases belong to another adapter layout")
     factors = bases.expand(vector.detach().cpu())
@@ -160,17 +168,27 @@ def _render_files(
     }
 
 
-def _check_config(path: Path, layout: AdapterLayout) -> None:
+def _read_file(path: Path) -> bytes:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise InvalidAdapterError(f"cannot read {path}: {error}") from error
+
+
+def parse_peft_config(content: bytes, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """The settings of a plain LoRA, `r` and `lora_alpha` among them.
+
+    Raises:
+        InvalidAdapterError: malformed, or more than a plain LoRA; the message begins with `name`.
+    """
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterError(f"cannot read {name}: {error}") from error
     if not isinstance(config, dict):
-        raise InvalidAdapterError(f"{path} is not a JSON object")
+        raise InvalidAdapterError(f"{name} is not a JSON object")
     expected: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",),
-        "r": (layout.rank,),
-        "lora_alpha": (layout.alpha,),
         "bias": ("none",),
         # Other initialisations (PiSSA, OLoRA, ...) replace the weights of the base model.
         "init_lora_weights": (True, False, "gaussian"),
@@ -178,27 +196,40 @@ def _check_config(path: Path, layout: AdapterLayout) -> None:
     for key, allowed in expected.items():
         if key not in config or config[key] not in allowed:
             wanted = " or ".join(json.dumps(value) for value in allowed)
-            raise InvalidAdapterError(f"{path}: {key} is {config.get(key)!r}, expected {wanted}")
-    for key in config.keys() - expected.keys() - _INERT_KEYS:
+            raise InvalidAdapterError(f"{name}: {key} is {config.get(key)!r}, expected {wanted}")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise InvalidAdapterError(f"{name}: {key} is {value!r}, expected a positive number")
+    for key in config.keys() - expected.keys() - _INERT_KEYS - {"r", "lora_alpha"}:
         if config[key]:
             raise InvalidAdapterError(
-                f"{path}: {key} = {config[key]!r} is more than a plain LoRA; only adapters "
+                f"{name}: {key} = {config[key]!r} is more than a plain LoRA; only adapters "
                 "without it can be read"
             )
+    return config
 
 
-def _read_factors(path: Path) -> dict[tuple[str, str], Tensor]:
+def parse_peft_weights(content: bytes, name: str = WEIGHTS_FILE) -> dict[tuple[str, str], Tensor]:
+    """The factors in float32, by module path and `lora_A` or `lora_B`.
+
+    Raises:
+        InvalidAdapterError: no safetensors, or a tensor that PEFT does not name so; the message
+            begins with `name`.
+    """
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InvalidAdapterError(
-            f"cannot read {path}: {error} (weights must be safetensors; pickles are not loaded)"
+            f"cannot read {name}: {error} (weights must be safetensors; pickles are not loaded)"
         ) from error
     factors: dict[tuple[str, str], Tensor] = {}
     for key, tensor in tensors.items():
         path_and_name = key.removeprefix(_KEY_PREFIX).removesuffix(_KEY_SUFFIX)
-        module, _, name = path_and_name.rpartition(".")
-        if key != f"{_KEY_PREFIX}{module}.{name}{_KEY_SUFFIX}":
-            raise InvalidAdapterError(f"{path}: tensor {key!r} is not named as PEFT names LoRA")
-        factors[module, name] = tensor.float()
+        module, _, factor = path_and_name.rpartition(".")
+        if key != f"{_KEY_PREFIX}{module}.{factor}{_KEY_SUFFIX}":
+            raise InvalidAdapterError(f"{name}: tensor {key!r} is not named as PEFT names LoRA")
+        if not tensor.is_floating_point():
+            raise InvalidAdapterError(f"{name}: tensor {key!r} is of {tensor.dtype}, not floats")
+        factors[module, factor] = tensor.float()
     return factors

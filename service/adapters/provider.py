@@ -3,21 +3,23 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from service.adapters.cache import AdapterCache, CacheTier
+from service.adapters.distribution import is_in_distribution
 from service.adapters.record import AdapterRecord
+from service.adapters.single_flight import take_turn
+from service.adapters.synthesis_batches import MAX_BATCH, SynthesisBatches
 from service.errors import (
     AdapterNotFoundError,
     InvalidInputError,
     NotCachedError,
     NotReadyError,
-    QueueFullError,
 )
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, Synthesizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,17 @@ CachePolicy = Literal["use", "bypass", "only"]
 """`use`: caches, then synthesis. `bypass`: synthesis without reading a cache (the result is
 stored, so that its id can be used). `only`: caches, and an error where none has it."""
 
+KeepPolicy = Literal["all", "in_distribution"]
+"""What is stored of what was generated: all of it; or only adapters of tasks like the training
+tasks, for a request that rejects the others."""
+
+Reservation = Callable[[str, str, int], AbstractContextManager[None]]
+"""Holds room for a tenant's adapter, by its id and size in bytes, while the block runs."""
+
 CacheOutcome = Literal["hit", "miss", "coalesced", "degraded", "bypass"]
+
+
+_FlightKey = tuple[str, CachePolicy, KeepPolicy]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Provided:
         degraded: Redis is configured, and a read or write of it failed for this adapter or
             it was known to be down. Without a configured Redis nothing is degraded.
         seconds: duration by stage: `lookup`, `queue` (for the synthesis thread), those of the
-            synthesizer (`encode`, `decode`), `store`; only `wait` where coalesced.
+            synthesizer (`encode`, `decode`), `store`; `wait` for another request or process.
     """
 
     record: AdapterRecord
@@ -55,8 +67,10 @@ class Provided:
 class AdapterProvider:
     """Provides adapters to any number of concurrent requests; lives on one event loop.
 
-    Identical recipes in flight share one lookup and one synthesis. Syntheses run one at a
-    time in a thread of their own (torch uses all cores for each). A request that goes away
+    Identical recipes in flight share one lookup and one synthesis, also across the processes
+    that share a Redis; different ones that wait at
+    the same time share one decoder forward. Syntheses run a batch at a time (torch uses all
+    cores for each). A request that goes away
     does not stop the work that others wait for, and work that nobody waits for any more is
     finished and cached.
 
@@ -64,18 +78,32 @@ class AdapterProvider:
         synthesizer: generates adapters; blocking.
         cache: the cache tiers.
         max_pending: bound on syntheses that run or wait for the thread.
+        max_batch: most recipes of one decoder forward.
+        on_batch: told the size of every batch, on the event loop.
+        reserve_bytes: holds room for what may enter this process; raises where there is none.
     """
 
     def __init__(
-        self, synthesizer: Synthesizer, cache: AdapterCache, *, max_pending: int = 64
+        self,
+        synthesizer: Synthesizer,
+        cache: AdapterCache,
+        *,
+        max_pending: int = 64,
+        max_batch: int = MAX_BATCH,
+        on_batch: Callable[[int], None] | None = None,
+        reserve_bytes: Reservation = lambda tenant, adapter_id, size_bytes: nullcontext(),
     ) -> None:
-        self._synthesizer = synthesizer
         self._layout = synthesizer.bundle.layout
+        self._reserve_bytes = reserve_bytes
         self._cache = cache
-        self._max_pending = max_pending
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="synthesis")
-        self._flights: dict[tuple[str, CachePolicy], asyncio.Task[Provided]] = {}
-        self._num_pending = 0
+        self._batches = SynthesisBatches(
+            synthesizer,
+            max_pending=max_pending,
+            max_batch=max_batch,
+            on_batch=on_batch,
+            computations=cache.computations,
+        )
+        self._flights: dict[_FlightKey, asyncio.Task[Provided]] = {}
         self._closed = False
 
     async def provide(
@@ -83,6 +111,7 @@ class AdapterProvider:
         recipe: AdapterRecipe,
         *,
         policy: CachePolicy = "use",
+        keep: KeepPolicy = "all",
         ttl_seconds: float,
         images: Sequence["Image"] | None = None,
     ) -> Provided:
@@ -91,6 +120,7 @@ class AdapterProvider:
         Args:
             recipe: what to generate.
             policy: what caches are for.
+            keep: what is stored.
             ttl_seconds: lifetime in the caches of an adapter generated now. One that is found
                 there keeps the expiry it has; a shared synthesis takes the first request's.
             images: the example images, where the recipe was built from some.
@@ -98,7 +128,9 @@ class AdapterProvider:
         Raises:
             InvalidInputError: `ttl_seconds` is not positive or not finite.
             NotCachedError: policy `only`, and no cache that could be asked has it.
+            InvalidAdapterError: what was generated may not serve.
             QueueFullError: too many adapters are waiting to be generated.
+            QuotaExceededError: `reserve_bytes` has no room for it.
             NotReadyError: closed.
         """
         if not 0 < ttl_seconds < math.inf:
@@ -110,7 +142,9 @@ class AdapterProvider:
                 return Provided(found.record, "hit", found.tier, found.degraded, _since(start))
         if policy == "only":
             return await self._provide_cached(recipe)
-        return await self._join_flight(recipe, policy, ttl_seconds, images)
+        return await self._join_flight(
+            recipe, (recipe.adapter_id, policy, keep), ttl_seconds, images
+        )
 
     async def get(self, adapter_id: str) -> AdapterRecord:
         """The cached adapter with this id.
@@ -120,8 +154,17 @@ class AdapterProvider:
         """
         found = await self._cache.lookup(adapter_id)
         if found.record is None:
-            raise AdapterNotFoundError(_describe_absence(adapter_id, found.degraded))
+            raise AdapterNotFoundError(describe_absence(adapter_id, found.degraded))
         return found.record
+
+    async def keep(self, record: AdapterRecord, ttl_seconds: float) -> bool:
+        """Stores an adapter (again) for this long; True (degraded) where Redis did not take it.
+
+        Raises:
+            InvalidAdapterError: it may not serve.
+        """
+        await self._cache.check(record)
+        return await self._cache.store(record, ttl_seconds)
 
     async def delete(self, adapter_id: str) -> bool:
         """Deletes an adapter from the caches; True (degraded) where Redis may still have it.
@@ -133,7 +176,7 @@ class AdapterProvider:
         """
         deleted = await self._cache.delete(adapter_id)
         if deleted is False:
-            raise AdapterNotFoundError(_describe_absence(adapter_id, degraded=False))
+            raise AdapterNotFoundError(describe_absence(adapter_id, degraded=False))
         return deleted is None
 
     def list(self) -> tuple[AdapterRecord, ...]:
@@ -144,26 +187,25 @@ class AdapterProvider:
         """Refuses new work, waits for what is in flight, then closes thread and caches."""
         self._closed = True
         await asyncio.gather(*self._flights.values(), return_exceptions=True)
-        self._executor.shutdown()
         await self._cache.close()
 
     async def _provide_cached(self, recipe: AdapterRecipe) -> Provided:
         start = time.perf_counter()
-        found = await self._cache.lookup_redis(recipe.adapter_id)
+        with self._reserve(recipe):
+            found = await self._cache.lookup_redis(recipe.adapter_id)
         if found.record is None:
-            raise NotCachedError(_describe_absence(recipe.adapter_id, found.degraded))
+            raise NotCachedError(describe_absence(recipe.adapter_id, found.degraded))
         return Provided(found.record, "hit", found.tier, found.degraded, _since(start))
 
     async def _join_flight(
         self,
         recipe: AdapterRecipe,
-        policy: CachePolicy,
+        key: _FlightKey,
         ttl_seconds: float,
         images: Sequence["Image"] | None,
     ) -> Provided:
         # No await between finding no flight and starting one: there is never a second.
         start = time.perf_counter()
-        key = (recipe.adapter_id, policy)
         flight = self._flights.get(key)
         if flight is not None:
             provided = await asyncio.shield(flight)
@@ -175,25 +217,42 @@ class AdapterProvider:
             )
         if self._closed:
             raise NotReadyError("the service is shutting down")
-        flight = asyncio.create_task(self._fly(recipe, policy, ttl_seconds, images))
+        flight = asyncio.create_task(self._fly(recipe, key, ttl_seconds, images))
         self._flights[key] = flight
         flight.add_done_callback(lambda _: self._land(key))
         return await asyncio.shield(flight)
 
-    def _land(self, key: tuple[str, CachePolicy]) -> None:
+    def _land(self, key: _FlightKey) -> None:
         flight = self._flights.pop(key)
         if not flight.cancelled():
             flight.exception()  # counts as seen, also where every waiter has gone away
 
+    def _reserve(self, recipe: AdapterRecipe) -> AbstractContextManager[None]:
+        size_bytes = self._layout.num_params * VECTOR_DTYPE.itemsize
+        return self._reserve_bytes(recipe.tenant, recipe.adapter_id, size_bytes)
+
     async def _fly(
         self,
         recipe: AdapterRecipe,
+        key: _FlightKey,
+        ttl_seconds: float,
+        images: Sequence["Image"] | None,
+    ) -> Provided:
+        _, policy, keep = key
+        with self._reserve(recipe):  # also where every waiter has gone away
+            return await self._provide_new(recipe, policy, keep, ttl_seconds, images)
+
+    async def _provide_new(
+        self,
+        recipe: AdapterRecipe,
         policy: CachePolicy,
+        keep: KeepPolicy,
         ttl_seconds: float,
         images: Sequence["Image"] | None,
     ) -> Provided:
         seconds: dict[str, float] = {}
         outcome: CacheOutcome = "bypass"
+        token: str | None = None
         if policy == "use":
             start = time.perf_counter()
             found = await self._cache.lookup_redis(recipe.adapter_id)
@@ -201,10 +260,25 @@ class AdapterProvider:
             if found.record is not None:
                 return Provided(found.record, "hit", found.tier, found.degraded, seconds)
             outcome = "degraded" if found.degraded else "miss"
-        record = await self._synthesize(recipe, images, seconds)
-        start = time.perf_counter()
-        not_stored = await self._cache.store(record, ttl_seconds)
-        seconds["store"] = time.perf_counter() - start
+            if not found.degraded:
+                start = time.perf_counter()
+                turn = await take_turn(self._cache, recipe.adapter_id)
+                if turn.waited:
+                    seconds["wait"] = time.perf_counter() - start
+                if turn.record is not None:
+                    return Provided(turn.record, "coalesced", "redis", False, seconds)
+                token = turn.token
+                outcome = "degraded" if turn.degraded else "miss"
+        try:
+            record = await self._synthesize(recipe, images, seconds)
+            not_stored = False
+            if keep == "all" or is_in_distribution(record):
+                start = time.perf_counter()
+                not_stored = await self._cache.store(record, ttl_seconds)
+                seconds["store"] = time.perf_counter() - start
+        finally:
+            if token is not None:
+                await self._cache.release(recipe.adapter_id, token)
         return Provided(record, outcome, None, not_stored or outcome == "degraded", seconds)
 
     async def _synthesize(
@@ -213,28 +287,19 @@ class AdapterProvider:
         images: Sequence["Image"] | None,
         seconds: dict[str, float],
     ) -> AdapterRecord:
-        if self._num_pending >= self._max_pending:
-            raise QueueFullError(f"{self._num_pending} adapters are waiting to be generated")
-        queued = time.perf_counter()
-
-        def synthesize() -> AdapterRecord:
-            seconds["queue"] = time.perf_counter() - queued
-            adapter = self._synthesizer.synthesize(recipe, images)
-            seconds.update(adapter.seconds)
-            return AdapterRecord.from_synthesized(adapter, self._layout)
-
-        self._num_pending += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, synthesize)
-        finally:
-            self._num_pending -= 1
+        adapter = await self._batches.synthesize(recipe, images)
+        seconds.update(adapter.seconds)
+        record = AdapterRecord.from_synthesized(adapter, self._layout)
+        await self._cache.check(record)
+        return record
 
 
 def _since(start: float) -> dict[str, float]:
     return {"lookup": time.perf_counter() - start}
 
 
-def _describe_absence(adapter_id: str, degraded: bool) -> str:
+def describe_absence(adapter_id: str, degraded: bool) -> str:
+    """Why an adapter is not found, and what to do; the same for one of another tenant."""
     if degraded:
         return (
             f"adapter {adapter_id} is not in this process and Redis could not be asked: "

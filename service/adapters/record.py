@@ -1,4 +1,4 @@
-"""A generated adapter as it is cached: its vector, and the facts that a receipt states."""
+"""An adapter as it is cached: its vector, and the facts that a receipt states."""
 
 import json
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from jaxtyping import Float16
 from safetensors import SafetensorError
 from torch import Tensor
 
+from service.adapters.origin import AdapterUpload, Origin
 from service.errors import InvalidAdapterError, InvalidInputError
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.synthesizer import (
@@ -34,23 +35,24 @@ _MALFORMED = (
 
 @dataclass(frozen=True, eq=False)
 class AdapterRecord:
-    """One generated adapter. Records are shared between requests: never write to `vector`.
+    """One adapter. Records are shared between requests: never write to `vector`.
 
     Attributes:
-        recipe: what the adapter was generated from; determines its id.
+        origin: what the adapter was generated from, or who uploaded it; determines its id.
         layout_digest: digest of the layout that gives `vector` its meaning.
         vector: the canonical adapter values, on the CPU.
         vector_sha256: sha256 of the bytes of `vector`.
-        nearest: training tasks most similar to the description, nearest first.
-        in_distribution: how much the description resembles the training tasks, 0..1.
+        nearest: training tasks most similar to the description, nearest first; none for an upload.
+        in_distribution: how much the description resembles the training tasks, 0..1; None for an
+            upload.
     """
 
-    recipe: AdapterRecipe
+    origin: Origin
     layout_digest: str
     vector: Float16[Tensor, " num_params"]
     vector_sha256: str
     nearest: tuple[NearestTask, ...]
-    in_distribution: float
+    in_distribution: float | None
 
     @classmethod
     def from_synthesized(
@@ -68,8 +70,38 @@ class AdapterRecord:
 
     @property
     def adapter_id(self) -> str:
-        """sha256 of the recipe, in hex."""
-        return self.recipe.adapter_id
+        """sha256 of the origin, in hex."""
+        return self.origin.adapter_id
+
+    @property
+    def recipe(self) -> AdapterRecipe | None:
+        """What it was generated from; None for an upload."""
+        return self.origin if isinstance(self.origin, AdapterRecipe) else None
+
+    @property
+    def task(self) -> str:
+        """The words that it was generated from; empty where there were none."""
+        return self.origin.task if isinstance(self.origin, AdapterRecipe) else ""
+
+    @property
+    def strength(self) -> float:
+        """Factor on the whole update; 1 for an upload."""
+        return self.origin.strength if isinstance(self.origin, AdapterRecipe) else 1.0
+
+    @property
+    def tenant(self) -> str:
+        """Its owner; nobody else may see it."""
+        return self.origin.tenant
+
+    @property
+    def regenerable(self) -> bool:
+        """Whether the recipe alone makes it again; example images are not kept."""
+        return self.recipe is not None and not self.recipe.examples
+
+    @property
+    def bundle_digest(self) -> str:
+        """Bundle whose layout and bases give the vector its meaning."""
+        return self.origin.bundle_digest
 
     @property
     def size_bytes(self) -> int:
@@ -79,7 +111,7 @@ class AdapterRecord:
     def to_bytes(self) -> bytes:
         """The record as safetensors: the tensor `vector`, the rest as JSON in the header."""
         body = {
-            "recipe": self.recipe.to_json(),
+            "recipe" if self.recipe is not None else "upload": self.origin.to_json(),
             "layout_digest": self.layout_digest,
             "vector_sha256": self.vector_sha256,
             "nearest": [[task.name, task.similarity] for task in self.nearest],
@@ -87,6 +119,20 @@ class AdapterRecord:
         }
         metadata = {_METADATA_KEY: json.dumps(body, sort_keys=True, allow_nan=False)}
         return safetensors.torch.save({"vector": self.vector}, metadata=metadata)
+
+    @classmethod
+    def from_upload(
+        cls,
+        vector: Float16[Tensor, " num_params"],
+        layout: AdapterLayout,
+        *,
+        tenant: str,
+        bundle_digest: str,
+    ) -> "AdapterRecord":
+        """The record of an adapter that was trained elsewhere."""
+        vector_sha256 = digest_vector(vector)
+        upload = AdapterUpload(tenant, bundle_digest, layout.digest, vector_sha256)
+        return cls(upload, layout.digest, vector, vector_sha256, (), None)
 
     @classmethod
     def from_bytes(cls, content: bytes, layout: AdapterLayout) -> "AdapterRecord":
@@ -100,9 +146,10 @@ class AdapterRecord:
             vector = safetensors.torch.load(content)["vector"]
             body = json.loads(_read_header(content)["__metadata__"][_METADATA_KEY])
             layout_digest, vector_sha256 = body["layout_digest"], body["vector_sha256"]
-            recipe = AdapterRecipe.from_json(body["recipe"])
+            origin = _read_origin(body)
             nearest = tuple(NearestTask(str(n), float(s)) for n, s in body["nearest"])
-            in_distribution = float(body["in_distribution"])
+            score = body["in_distribution"]
+            in_distribution = None if score is None else float(score)
         except _MALFORMED as error:
             raise InvalidAdapterError(f"malformed adapter record: {error}") from error
         if layout_digest != layout.digest:
@@ -116,7 +163,18 @@ class AdapterRecord:
             raise InvalidAdapterError("the adapter record does not match its sha256")
         if not torch.isfinite(vector).all():
             raise InvalidAdapterError("the adapter record holds values that are not finite")
-        return cls(recipe, layout_digest, vector, vector_sha256, nearest, in_distribution)
+        if isinstance(origin, AdapterUpload) and (origin.layout_digest, origin.vector_sha256) != (
+            layout_digest,
+            vector_sha256,
+        ):
+            raise InvalidAdapterError("the adapter record belongs to another upload")
+        return cls(origin, layout_digest, vector, vector_sha256, nearest, in_distribution)
+
+
+def _read_origin(body: dict[str, Any]) -> Origin:
+    if "upload" in body:
+        return AdapterUpload(**body["upload"])
+    return AdapterRecipe.from_json(body["recipe"])
 
 
 def _read_header(content: bytes) -> dict[str, Any]:

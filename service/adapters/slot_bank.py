@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from service.errors import (
+    AdapterMismatchError,
     AdapterNotFoundError,
     InvalidAdapterError,
     InvalidInputError,
     NoFreeSlotError,
 )
 from service.synthesis.layout import AdapterLayout
-from service.synthesis.synthesizer import VECTOR_DTYPE
+from service.synthesis.synthesizer import VECTOR_DTYPE, digest_vector
 
 BASE_SLOT = 0
 """Slot of the base model: zeros, never written."""
@@ -139,25 +140,55 @@ class SlotBank:
         slots = torch.tensor([lease.slot for lease in leases], device=self._vectors.device)
         return self._vectors.index_select(0, slots)
 
+    def check(self, lease: SlotLease, vector_sha256: str) -> None:
+        """Proves that a leased slot holds the adapter that it was leased for.
+
+        A slot that does not is evicted, so that the next request loads the adapter anew.
+
+        Raises:
+            AdapterMismatchError: its bytes have another sha256, or it was filled anew.
+        """
+        with self._lock:
+            slot = self._leased.get(lease._number)
+            is_same = slot is not None and (slot.index, slot.generation) == (
+                lease.slot,
+                lease.generation,
+            )
+        if not is_same or digest_vector(self._vectors[lease.slot].cpu()) != vector_sha256:
+            self._forget(lease, slot)
+            raise AdapterMismatchError(
+                f"slot {lease.slot} does not hold adapter {lease.adapter_id}: nothing was answered"
+            )
+
     def evict(self, adapter_id: str) -> bool:
         """Forgets an adapter; False where it is not resident.
 
         A slot that is leased keeps its content until its last lease is released.
         """
         with self._lock:
-            slot = self._resident.pop(adapter_id, None)
-            if slot is None:
-                return False
-            slot.evicted = True
-            if not slot.leases:
-                self._free.append(slot.index)
-            return True
+            return self._evict(adapter_id)
 
     def stats(self) -> SlotStats:
         """Counts of the slots, the base's not among them."""
         with self._lock:
             leased = len({slot.index for slot in self._leased.values()})
             return SlotStats(self.num_slots, len(self._resident), leased)
+
+    def _forget(self, lease: SlotLease, slot: _Slot | None) -> None:
+        """Evicts a lease's adapter, unless it lies in another slot by now."""
+        with self._lock:
+            adapter_id = lease.adapter_id
+            if adapter_id is not None and self._resident.get(adapter_id, slot) is slot:
+                self._evict(adapter_id)
+
+    def _evict(self, adapter_id: str) -> bool:
+        slot = self._resident.pop(adapter_id, None)
+        if slot is None:
+            return False
+        slot.evicted = True
+        if not slot.leases:
+            self._free.append(slot.index)
+        return True
 
     def _load(self, adapter_id: str, vector: Tensor | None) -> float:
         started = time.perf_counter()
@@ -175,7 +206,11 @@ class SlotBank:
                 f"adapter {adapter_id} holds values that are not finite in float16"
             )
         index = self._take_slot()
-        self._vectors[index].copy_(vector)
+        try:
+            self._vectors[index].copy_(vector)
+        except BaseException:
+            self._free.append(index)
+            raise
         self._generation += 1
         self._resident[adapter_id] = _Slot(index, self._generation)
         return time.perf_counter() - started

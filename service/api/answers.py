@@ -2,10 +2,19 @@
 
 from collections.abc import Mapping
 
+from service.adapters.alias import Alias
+from service.adapters.distribution import Decision
 from service.adapters.record import AdapterRecord
 from service.api.bundle_service import AnyService
 from service.api.requests import BASE_ADAPTER_ID
-from service.api.schemas import AdapterInfo, BundleInfo, NearestTaskInfo, Receipt, RecipeInfo
+from service.api.schemas import (
+    AdapterInfo,
+    AliasUse,
+    BundleInfo,
+    NearestTaskInfo,
+    Receipt,
+    RecipeInfo,
+)
 from service.synthesis.bundle import Bundle
 from service.synthesis.synthesizer import Synthesizer
 
@@ -17,16 +26,30 @@ def build_bundle_info(bundle: Bundle) -> BundleInfo:
     return BundleInfo(name=bundle.name, version=bundle.version, digest=bundle.digest)
 
 
+def build_alias_use(alias: Alias | None) -> AliasUse | None:
+    """Name and generation."""
+    return None if alias is None else AliasUse(name=alias.name, generation=alias.generation)
+
+
 def build_receipt(
-    record: AdapterRecord | None, bundle: Bundle, slot: int, generation: int
+    record: AdapterRecord | None,
+    bundle: Bundle,
+    slot: int,
+    generation: int,
+    decision: Decision | None = None,
 ) -> Receipt:
-    """What answered; no record is the base."""
+    """What answered; no record is the base, no decision an adapter that was named."""
     return Receipt(
         adapter_id=BASE_ADAPTER_ID if record is None else record.adapter_id,
         vector_sha256=None if record is None else record.vector_sha256,
         slot=slot,
         generation=generation,
         bundle=build_bundle_info(bundle),
+        decision=None if decision is None else decision.kind,
+        nearest_task=None if decision is None else decision.nearest.name,
+        in_distribution=None if decision is None else decision.in_distribution,
+        similarity=None if decision is None else decision.nearest.similarity,
+        threshold=None if decision is None else decision.threshold,
     )
 
 
@@ -37,7 +60,9 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
     return AdapterInfo(
         adapter_id=record.adapter_id,
         modality=service.modality,
-        recipe=RecipeInfo(
+        recipe=None
+        if recipe is None
+        else RecipeInfo(
             task=recipe.task,
             examples=recipe.examples,
             encoder=_name_encoder(service.synthesizer, by_example=bool(recipe.examples)),
@@ -46,6 +71,7 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
             temperature=recipe.temperature,
             strength=recipe.strength,
         ),
+        regenerable=record.regenerable,
         bundle=build_bundle_info(bundle),
         kind=layout.kind.value,
         rank=layout.rank,

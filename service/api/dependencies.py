@@ -1,6 +1,7 @@
 """State of the service and what routes may ask for, as `Annotated` aliases."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,10 +9,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.quotas import Quotas
 from service.api.resources import Resources
 from service.errors import AdapterNotFoundError, NotReadyError
 from service.metrics import ServiceMetrics
 from service.settings import Settings
+from service.tracing import Tracing
+
+ADAPTER_ID_PATTERN = "[0-9a-f]{64}"
 
 
 class Phase(StrEnum):
@@ -30,15 +35,25 @@ class ServiceState:
     Attributes:
         settings: as read at the start.
         metrics: metrics of this application.
+        quotas: limits of the tenants.
         phase: set by the lifespan and by the server's shutdown.
         resources: models and caches; None until they are loaded.
+        tracing: where traces are wanted.
+        started: Unix time at which the application was built.
+        running_requests: that were let in and are not yet answered in full.
+        refuses_requests: whether new ones are refused, for good.
         on_load_failure: called when loading failed, so that the process can end.
     """
 
     settings: Settings
     metrics: ServiceMetrics
+    quotas: Quotas
     phase: Phase = Phase.LOADING
     resources: Resources | None = None
+    tracing: Tracing | None = None
+    started: int = field(default_factory=lambda: int(time.time()))
+    running_requests: int = 0
+    refuses_requests: bool = False
     on_load_failure: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -47,9 +62,15 @@ class ServiceState:
         return self.phase is Phase.FAILED
 
     def begin_drain(self) -> None:
-        """Readiness turns 503; requests are still answered until the port closes."""
+        """Readiness turns 503; requests are still answered until `refuses_requests`."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
+
+    async def give_up(self) -> None:
+        """Ends what still runs: its clients get 503."""
+        if self.resources is not None:
+            for service in self.resources.services:
+                await service.scheduler.drain(0)
 
 
 def get_state(request: Request) -> ServiceState:
@@ -81,7 +102,7 @@ def parse_adapter_id(adapter_id: str) -> str:
     Raises:
         AdapterNotFoundError: it is not 64 hexadecimal digits.
     """
-    if not re.fullmatch("[0-9a-f]{64}", adapter_id):
+    if not re.fullmatch(ADAPTER_ID_PATTERN, adapter_id):
         raise AdapterNotFoundError("an adapter's id is 64 hexadecimal digits: see /generate-lora")
     return adapter_id
 

@@ -5,17 +5,20 @@ import base64
 import time
 
 from service.adapters.record import AdapterRecord
-from service.api.answers import build_receipt, to_milliseconds
+from service.api.answers import build_alias_use, build_receipt, to_milliseconds
+from service.api.auth import Principal
 from service.api.requests import InferRequest
 from service.api.resources import Resources
 from service.api.schemas import Detection, DetectionResponse
-from service.api.sources import find_source
+from service.api.sources import Selector, resolve_adapter
 from service.errors import InvalidInputError
 from service.inference.detection import DetectionRequest, label_of
 from service.inference.rendering import render_boxes
 
 
-async def detect_objects(body: InferRequest, resources: Resources) -> DetectionResponse:
+async def detect_objects(
+    body: InferRequest, resources: Resources, principal: Principal
+) -> DetectionResponse:
     """Finds what the adapter is for in the image of a request.
 
     Raises:
@@ -25,7 +28,7 @@ async def detect_objects(body: InferRequest, resources: Resources) -> DetectionR
     service = resources.need_detection()
     assert body.image is not None, "a request without an image is no detection"
     source, picture = await asyncio.gather(
-        find_source(body, resources, service),
+        resolve_adapter(Selector.from_request(body), resources, service, principal),
         resources.pictures.prepare(body.image, service.engine, keep_canvas=body.render),
     )
     record = source.record
@@ -34,9 +37,11 @@ async def detect_objects(body: InferRequest, resources: Resources) -> DetectionR
         DetectionRequest(
             picture.prepared,
             prompt,
-            label_of(prompt if record is None else record.recipe.task or prompt),
+            label_of(prompt if record is None else record.task or prompt),
             adapter_id=None if record is None else record.adapter_id,
             vector=None if record is None else record.vector,
+            vector_sha256=None if record is None else record.vector_sha256,
+            tenant=principal.tenant,
             num_beams=body.num_beams,
             max_boxes=body.max_boxes,
             score_threshold=body.score_threshold,
@@ -60,7 +65,10 @@ async def detect_objects(body: InferRequest, resources: Resources) -> DetectionR
         width=picture.width,
         height=picture.height,
         rendered_png=rendered,
-        receipt=build_receipt(record, service.bundle, detections.slot, detections.generation),
+        receipt=build_receipt(
+            record, service.bundle, detections.slot, detections.generation, source.decision
+        ),
+        alias=build_alias_use(source.alias),
         cache=source.cache,
         degraded=resources.list_degraded(source.provided),
         milliseconds=to_milliseconds(seconds, time.perf_counter() - started),
@@ -73,7 +81,7 @@ def choose_prompt(body: InferRequest, record: AdapterRecord | None) -> str:
     Raises:
         InvalidInputError: there are no words: the base, or an adapter made from example images.
     """
-    prompt = body.prompt or (record.recipe.task if record is not None else "")
+    prompt = body.prompt or body.task or (record.task if record is not None else "")
     if not prompt:
         raise InvalidInputError(
             "nothing says what to detect: give a `prompt`, such as 'Detect the sofa in the image.'"

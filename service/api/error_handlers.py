@@ -9,14 +9,28 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.openai.errors import find_status, render_error, speaks_openai
 from service.api.schemas import FieldProblem, Problem
-from service.errors import IcmLoraError, NoFreeSlotError, NotReadyError, QueueFullError
+from service.errors import (
+    IcmLoraError,
+    NoFreeSlotError,
+    NotReadyError,
+    QueueFullError,
+    QuotaExceededError,
+    RateLimitedError,
+    RegistryUnavailableError,
+    UnauthenticatedError,
+)
 from service.logs import request_id_context
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 MAX_FIELD_PROBLEMS = 20
 MAX_LOCATION_CHARS = 64
-RETRY_AFTER_SECONDS: Mapping[type[IcmLoraError], int] = {NotReadyError: 5, NoFreeSlotError: 1}
+RETRY_AFTER_SECONDS: Mapping[type[IcmLoraError], int] = {
+    NotReadyError: 5,
+    NoFreeSlotError: 1,
+    RegistryUnavailableError: 2,
+}
 """Seconds to wait before trying again, for errors that do not carry their own."""
 RETRY_STATUSES = frozenset({QueueFullError.status, *(kind.status for kind in RETRY_AFTER_SECONDS)})
 """Statuses whose answers say when to try again."""
@@ -46,12 +60,28 @@ class MethodNotAllowedError(IcmLoraError):
     title = "Method not allowed"
 
 
+class RequestTimeoutError(IcmLoraError):
+    """The request did not arrive within the time that it has for that."""
+
+    status = 408
+    code = "request_timeout"
+    title = "Request timeout"
+
+
 class BodyTooLargeError(IcmLoraError):
     """The request's body exceeds the limit."""
 
     status = 413
     code = "body_too_large"
     title = "Request body too large"
+
+
+class HeadTooLargeError(IcmLoraError):
+    """The request's path and headers together exceed the limit."""
+
+    status = 431
+    code = "head_too_large"
+    title = "Request header fields too large"
 
 
 class InvalidRequestError(IcmLoraError):
@@ -68,6 +98,7 @@ _FRAMEWORK_ERRORS: dict[int, IcmLoraError] = {
         MalformedRequestError("the request body cannot be parsed: see /openapi.json"),
         RouteNotFoundError("no such path: see /openapi.json"),
         MethodNotAllowedError("the path does not support this method: see the Allow header"),
+        RequestTimeoutError("the request body did not arrive in time: send it faster"),
         BodyTooLargeError("the request body is larger than this service accepts"),
     )
 }
@@ -80,7 +111,7 @@ def problem_response(
     errors: Sequence[FieldProblem] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Renders an error.
+    """Renders an error: as problem details, on OpenAI's routes in OpenAI's shape.
 
     Args:
         error: gives status, code, title and detail.
@@ -88,6 +119,10 @@ def problem_response(
         errors: what is wrong where, for requests that fail validation.
         headers: further headers; `Retry-After` (RFC 9110, seconds) is added by itself.
     """
+    headers = {**_error_headers(error), **(headers or {})}
+    if speaks_openai(instance):
+        content = render_error(error, errors).model_dump()
+        return JSONResponse(content, find_status(error), headers=headers)
     problem = Problem(
         type=f"urn:icm-lora:problem:{error.code}",
         title=error.title,
@@ -101,7 +136,7 @@ def problem_response(
     return JSONResponse(
         problem.model_dump(exclude_none=True),
         error.status,
-        headers={**_retry_headers(error), **(headers or {})},
+        headers=headers,
         media_type=PROBLEM_MEDIA_TYPE,
     )
 
@@ -144,8 +179,10 @@ async def handle_framework_error(request: Request, error: Exception) -> Response
     return problem_response(known, request.url.path, headers=headers)
 
 
-def _retry_headers(error: IcmLoraError) -> dict[str, str]:
-    if isinstance(error, QueueFullError):
+def _error_headers(error: IcmLoraError) -> dict[str, str]:
+    if isinstance(error, UnauthenticatedError):
+        return {"WWW-Authenticate": "Bearer"}  # RFC 9110, 11.6.1
+    if isinstance(error, QueueFullError | RateLimitedError | QuotaExceededError):
         return {"Retry-After": str(error.retry_after_seconds)}
     seconds = RETRY_AFTER_SECONDS.get(type(error))
     return {} if seconds is None else {"Retry-After": str(seconds)}

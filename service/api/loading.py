@@ -4,31 +4,43 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from service.adapters.alias_store import RedisAliasStore
 from service.adapters.cache import AdapterCache, ProcessCache, RedisCache
+from service.adapters.pins import Pins
 from service.adapters.provider import AdapterProvider
+from service.adapters.registry import AliasRegistry
 from service.adapters.slot_bank import SlotBank
-from service.api.bundle_service import BundleService, DetectionService, TextService
+from service.adapters.validity import AdapterGates, ValidityGate, calibrate_gate
+from service.api.bundle_service import BundleService
 from service.api.modality_choice import ModalityChoice
 from service.api.pictures import PictureReader
+from service.api.quotas import Quotas
 from service.api.resources import Resources
 from service.api.schemas import Modality
 from service.errors import InvalidBundleError
 from service.inference.base_model import BUNDLED_BASE, BaseModel, load_base_model
 from service.inference.detection import DetectionEngine
 from service.inference.engine import AnswerT, Engine, RequestT
+from service.inference.probe import capture_probe
 from service.inference.scheduler import Scheduler
 from service.inference.text import TextEngine
 from service.logs import quiet_transformers
-from service.metrics import ServiceMetrics
+from service.metrics import LoraRequests, ServiceMetrics
 from service.settings import ENV_PREFIX, Settings
 from service.synthesis.bundle import Bundle, read_bundle
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.synthesizer import Synthesizer, build_synthesizer
+from service.threads import release_workers, releasing
 
 _SETTINGS: Mapping[Modality, str] = {"text": "BUNDLE", "detection": "DETECTION_BUNDLE"}
+_ENGINES: Mapping[Modality, type[TextEngine | DetectionEngine]] = {
+    "text": TextEngine,
+    "detection": DetectionEngine,
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,10 @@ class _Models:
 
     synthesizer: Synthesizer
     base: BaseModel
+    gate: ValidityGate
 
 
-async def open_resources(settings: Settings, metrics: ServiceMetrics) -> Resources:
+async def open_resources(settings: Settings, metrics: ServiceMetrics, quotas: Quotas) -> Resources:
     """Loads the bundles, their encoders and base models, and starts the schedulers.
 
     Raises:
@@ -47,23 +60,38 @@ async def open_resources(settings: Settings, metrics: ServiceMetrics) -> Resourc
             of another modality than its setting.
         IcmLoraError: a base model or an encoder cannot be loaded.
     """
-    models = await asyncio.to_thread(_load_models, settings)
+    models = await asyncio.to_thread(releasing(_load_models), settings)
     synthesizers = {modality: each.synthesizer for modality, each in models.items()}
     layouts = [each.bundle.layout for each in synthesizers.values()]
     redis, watch = await _open_redis(settings, metrics, layouts)
-    cache = AdapterCache(ProcessCache(settings.process_cache_bytes), redis, metrics)
-    text = detection = None
-    if "text" in models:
-        text = _start_text(models["text"], cache, settings, metrics)
-    if "detection" in models:
-        detection = _start_detection(models["detection"], cache, settings, metrics)
+    process = ProcessCache(settings.process_cache_bytes)
+    quotas.watch_adapters(process)
+    metrics.watch_process_cache(process.__len__, process.size_bytes)
+    gates = AdapterGates(
+        {each.synthesizer.bundle.digest: each.gate for each in models.values()},
+        metrics.on_adapter_rejected,
+    )
+    cache = AdapterCache(process, redis, metrics, gates.check)
+    aliases = AliasRegistry(
+        None if redis is None else RedisAliasStore(redis, redis.seal),
+        Pins(settings.pinned_bytes, quotas.find_pinned_bytes),
+    )
+    metrics.watch_pinned(aliases.pins.count)
+    services = {
+        modality: _start_service(modality, each, cache, settings, metrics, quotas, aliases)
+        for modality, each in models.items()
+    }
+    for service in services.values():
+        cache.computations.use(service.scheduler.run_if_idle)
+    release_workers()  # this thread serves HTTP from now on
     return Resources(
         settings,
         metrics,
-        text,
-        detection,
-        ModalityChoice(synthesizers),
+        services.get("text"),
+        services.get("detection"),
+        ModalityChoice(synthesizers, cache.computations),
         PictureReader(settings.max_image_pixels, metrics),
+        aliases,
         redis,
         watch,
     )
@@ -109,7 +137,8 @@ def _load_bundle(
         raise InvalidBundleError(
             f"bundle {bundle.name} is for {modality}, its base {base.reference} is not"
         )
-    return _Models(synthesizer, base)
+    probe = capture_probe(base, bundle.layout)
+    return _Models(synthesizer, base, calibrate_gate(synthesizer, probe))
 
 
 def _read_bundle(folder: Path, modality: Modality) -> Bundle:
@@ -124,49 +153,40 @@ def _read_bundle(folder: Path, modality: Modality) -> Bundle:
     return bundle
 
 
-def _start_text(
-    models: _Models, cache: AdapterCache, settings: Settings, metrics: ServiceMetrics
-) -> TextService:
+def _start_service(
+    modality: Modality,
+    models: _Models,
+    cache: AdapterCache,
+    settings: Settings,
+    metrics: ServiceMetrics,
+    quotas: Quotas,
+    aliases: AliasRegistry,
+) -> BundleService[Any, Any, Any]:
     bundle = models.synthesizer.bundle
-    engine = TextEngine(
+    engine = _ENGINES[modality](
         models.base,
         bundle.layout,
         bundle.bases,
         num_slots=settings.num_slots,
         max_prompt_tokens=settings.max_prompt_tokens,
     )
-    _watch_slots("text", engine.slots, metrics)
+    _watch_slots(modality, engine.slots, metrics)
+    model_name = bundle.base_reference if modality == "text" else None  # vLLM's names are for it
+    provider = AdapterProvider(
+        models.synthesizer,
+        cache,
+        on_batch=metrics.on_generation_batch,
+        reserve_bytes=quotas.reserve_bytes,
+    )
     return BundleService(
-        "text",
+        modality,
         settings,
         metrics,
         models.synthesizer,
-        AdapterProvider(models.synthesizer, cache),
+        provider,
         engine,
-        _start_scheduler("text", engine, settings, metrics),
-    )
-
-
-def _start_detection(
-    models: _Models, cache: AdapterCache, settings: Settings, metrics: ServiceMetrics
-) -> DetectionService:
-    bundle = models.synthesizer.bundle
-    engine = DetectionEngine(
-        models.base,
-        bundle.layout,
-        bundle.bases,
-        num_slots=settings.num_slots,
-        max_prompt_tokens=settings.max_prompt_tokens,
-    )
-    _watch_slots("detection", engine.slots, metrics)
-    return BundleService(
-        "detection",
-        settings,
-        metrics,
-        models.synthesizer,
-        AdapterProvider(models.synthesizer, cache),
-        engine,
-        _start_scheduler("detection", engine, settings, metrics),
+        _start_scheduler(modality, engine, settings, metrics, aliases, model_name),
+        quotas,
     )
 
 
@@ -179,13 +199,27 @@ def _start_scheduler(
     engine: Engine[RequestT, AnswerT],
     settings: Settings,
     metrics: ServiceMetrics,
+    aliases: AliasRegistry,
+    model_name: str | None,
 ) -> Scheduler[RequestT, AnswerT]:
+    observer = metrics.observe_batches(
+        modality, model_name=model_name, max_rows=settings.max_batch_rows
+    )
     scheduler = Scheduler(
         engine,
         max_queue=settings.max_queue,
+        max_queue_work=settings.max_queue_tokens,
         max_batch_rows=settings.max_batch_rows,
         batch_window_seconds=settings.batch_window_seconds,
-        observer=metrics.observe_batches(modality),
+        observer=observer,
+    )
+    observer.watch_adapters(
+        LoraRequests(
+            max_lora=settings.max_batch_rows,
+            running=scheduler.running_adapters,
+            waiting=scheduler.waiting_adapters,
+            names=aliases.index_names,
+        )
     )
     scheduler.start()
     return scheduler
@@ -202,7 +236,11 @@ async def _open_redis(
         *layouts,
         timeout_seconds=settings.redis_timeout_seconds,
         retry_seconds=settings.redis_retry_seconds,
+        secret=settings.redis_secret.get_secret_value().encode(),
+        lock_seconds=settings.redis_lock_seconds,
         on_state=metrics.on_redis_state,
+        on_breaker=metrics.on_breaker_state,
+        on_rejected=metrics.on_redis_value_rejected,
     )
     await redis.ping()
     return redis, asyncio.create_task(_watch_redis(redis, settings.redis_retry_seconds))

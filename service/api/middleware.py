@@ -1,6 +1,8 @@
-"""Pure ASGI middleware: request id, metrics and access log, and the limit on bodies."""
+"""Pure ASGI middleware: request id, metrics and access log, and the limits on bodies."""
 
+import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -12,13 +14,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.error_handlers import problem_response
+from service.api.error_handlers import HeadTooLargeError, problem_response
 from service.errors import IcmLoraError
 from service.logs import describe_exception, request_id_context
 from service.metrics import ServiceMetrics
 
 REQUEST_ID_HEADER = "X-Request-ID"
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_HEAD_BYTES = 16_384
+MAX_PATH_BYTES = 1_024
 UNMATCHED_ROUTE = "unmatched"
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request that ended without an answer (nginx's convention)."""
@@ -83,33 +87,77 @@ class RequestScope:
         _logger.log(level, "request", extra={"fields": fields})
 
 
+class HeadLimit:
+    """Refuses requests whose path, query and headers are larger than any that is meant, with 431.
+
+    The server refuses much larger ones itself, with 400, before they are in memory.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        if scope["type"] == "http":
+            size = len(scope["raw_path"]) + len(scope["query_string"])
+            size += sum(len(name) + len(value) for name, value in scope["headers"])
+            if size > MAX_HEAD_BYTES:
+                error = HeadTooLargeError(
+                    f"path and headers have {size} bytes, at most {MAX_HEAD_BYTES} are accepted"
+                )
+                headers = {"Connection": "close"}
+                response = problem_response(error, scope["path"][:MAX_PATH_BYTES], headers=headers)
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
 class BodyLimit:
-    """Refuses bodies that are too large with 413, counting what arrives, not what is declared.
+    """Refuses bodies that are too large with 413, and too slow ones with 408.
+
+    What arrives is counted, not what is declared, and the time is that of the whole body, so
+    that a client cannot hold a place by sending a byte now and then.
 
     Args:
         app: what answers.
         max_bytes: limit of all paths that `larger` does not name.
         larger: limits of the paths that take more.
+        timeout_seconds: time within which a body must be there.
     """
 
     def __init__(
-        self, app: ASGIApp, max_bytes: int, larger: Mapping[str, int] = MappingProxyType({})
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        larger: Mapping[str, int] = MappingProxyType({}),
+        timeout_seconds: float = math.inf,
     ) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.larger = larger
+        self.timeout_seconds = timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one ASGI connection."""
         received = 0
+        is_complete = scope["type"] != "http"
         limit = self.larger.get(scope.get("path", ""), self.max_bytes)
+        deadline = asyncio.get_running_loop().time() + self.timeout_seconds
 
         async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_complete
+            if is_complete:  # what comes now is the client's leaving
+                return await receive()
+            # FastAPI's own class of exception passes its body reader unchanged.
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, headers={"Connection": "close"}) from None
+            is_complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > limit:
-                raise HTTPException(413)  # FastAPI's own class passes its body reader unchanged
+                raise HTTPException(413)
             return message
 
         await self.app(scope, receive_limited, send)

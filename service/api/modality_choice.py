@@ -1,12 +1,12 @@
 """Which bundle a description is for, where a request names none."""
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
 
 from service.api.schemas import Modality
 from service.errors import InvalidInputError
 from service.synthesis.synthesizer import Synthesizer, normalize_description
+from service.threads import Computations
 
 MAX_REMEMBERED = 4096
 
@@ -19,10 +19,14 @@ class ModalityChoice:
 
     Args:
         synthesizers: of the served bundles, at least one.
+        computations: where descriptions are encoded.
     """
 
-    def __init__(self, synthesizers: Mapping[Modality, Synthesizer]) -> None:
+    def __init__(
+        self, synthesizers: Mapping[Modality, Synthesizer], computations: Computations
+    ) -> None:
         self._synthesizers = synthesizers
+        self._computations = computations
         self._remembered: OrderedDict[str, Modality] = OrderedDict()
 
     async def choose(self, task: str) -> Modality:
@@ -35,7 +39,7 @@ class ModalityChoice:
             return next(iter(self._synthesizers))
         task = normalize_description(task)
         if task not in self._remembered:
-            nearest = await asyncio.to_thread(self._compare, task)
+            nearest = await self._computations.run(self._compare, task)
             if len(self._remembered) >= MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
             self._remembered[task] = nearest

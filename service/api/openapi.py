@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from service.api.error_handlers import PROBLEM_MEDIA_TYPE, RETRY_STATUSES
-from service.api.requests import InferRequest
+from service.api.openai.errors import OpenAIError
+from service.api.requests import InferRequest, UploadRequest
 from service.api.schemas import Problem
 from service.errors import IcmLoraError
 
@@ -47,6 +48,21 @@ def document_problems(*errors: type[IcmLoraError]) -> dict[int | str, dict[str, 
     return responses
 
 
+def merge_responses(
+    documented: dict[str, dict[str, Any]], further: dict[int | str, dict[str, Any]]
+) -> None:
+    """Adds what is new of further error responses to an operation of an OpenAPI document."""
+    for status, response in further.items():
+        present = documented.setdefault(str(status), response)
+        for media_type, content in response["content"].items():
+            examples = present["content"][media_type]["examples"]
+            if not content["examples"].keys() <= examples.keys():
+                examples |= content["examples"]
+                present["description"] += f"; {response['description']}"
+        if "headers" in response:
+            present["headers"] = present.get("headers", {}) | response["headers"]
+
+
 def build_openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document, with `Problem` in place of its own validation error model.
 
@@ -69,7 +85,7 @@ def build_openapi(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     # Referred to by documents of ours, so FastAPI does not know that they are used.
-    for model in (Problem, InferRequest):
+    for model in (Problem, OpenAIError, InferRequest, UploadRequest):
         schema = model.model_json_schema(ref_template=_SCHEMA_REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema

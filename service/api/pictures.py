@@ -15,6 +15,7 @@ from service.inference.detection import DetectionEngine, PreparedPicture
 from service.inference.images import decode_base64, read_image
 from service.inference.rendering import shrink_image
 from service.metrics import ServiceMetrics
+from service.threads import releasing
 
 MAX_THREADS = 4
 """Images decoded at once at most: one of 25 megapixels takes about 200 MB meanwhile."""
@@ -106,7 +107,7 @@ class PictureReader:
     async def run(self, job: Callable[[], T]) -> T:
         """Runs work on a picture in a thread."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, releasing(job))
         except InvalidImageError as error:
             self._metrics.on_image_rejection(error.reason)
             raise

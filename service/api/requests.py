@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from service.adapters.distribution import OutOfDistribution
 from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 BASE_ADAPTER_ID = "base"
@@ -40,6 +41,15 @@ TaskDescription = Annotated[
         max_length=MAX_TASK_CHARACTERS,
         description="The task in words.",
         examples=[EXAMPLE_TASK],
+    ),
+]
+
+OutOfDistributionPolicy = Annotated[
+    OutOfDistribution | None,
+    Field(
+        description="What to do with a task that is unlike all training tasks: `reject` it (422), "
+        "use the adapter of the `nearest` training task, answer with the `base` model, or "
+        "`generate` its adapter anyway. The receipt tells what was done. Default: the service's."
     ),
 ]
 
@@ -107,6 +117,8 @@ class GenerateRequest(RequestModel):
         ),
     ] = "use"
 
+    out_of_distribution: OutOfDistributionPolicy = None
+
     @model_validator(mode="after")
     def _check_one_source(self) -> "GenerateRequest":
         if (self.task is None) == (self.images is None):
@@ -127,7 +139,10 @@ class InferRequest(RequestModel):
         }
     )
 
-    task: Annotated[TaskDescription | None, Field(description="Generate, then answer.")] = None
+    task: Annotated[
+        TaskDescription | None,
+        Field(description="Generate where it is not cached (scope `generate`), then answer."),
+    ] = None
     adapter_id: Annotated[
         str | None,
         Field(
@@ -135,6 +150,10 @@ class InferRequest(RequestModel):
             max_length=64,
             description=f"An adapter's id, or `{BASE_ADAPTER_ID}` for the base model itself.",
         ),
+    ] = None
+    alias: Annotated[
+        str | None,
+        Field(min_length=1, max_length=64, description="A name: see `PUT /v1/aliases/{name}`."),
     ] = None
     prompt: Annotated[
         str | None,
@@ -183,10 +202,12 @@ class InferRequest(RequestModel):
         float, Field(ge=0, le=1, description="With an image: least score of a box.")
     ] = 0.05
 
+    out_of_distribution: OutOfDistributionPolicy = None
+
     @model_validator(mode="after")
     def _check_one_source(self) -> "InferRequest":
-        if (self.task is None) == (self.adapter_id is None):
-            raise ValueError("give exactly one of `task` and `adapter_id`")
+        if sum(each is not None for each in (self.task, self.adapter_id, self.alias)) != 1:
+            raise ValueError("give exactly one of `task`, `adapter_id` and `alias`")
         return self
 
     @model_validator(mode="after")
@@ -198,4 +219,73 @@ class InferRequest(RequestModel):
             raise ValueError(f"leave out {', '.join(sent)}: without meaning {place} an image")
         if self.image is None and self.prompt is None:
             raise ValueError("give a `prompt` to continue, or an `image` to detect in")
+        return self
+
+
+_FileSchema = WithJsonSchema({"type": "string", "contentEncoding": "base64"})
+
+
+class UploadRequest(RequestModel):
+    """A LoRA that was trained elsewhere, as the two files of a PEFT directory."""
+
+    config: Annotated[
+        str | bytes,
+        _FileSchema,
+        Field(description="`adapter_config.json`: in base64, or as a file of a form."),
+    ]
+    weights: Annotated[
+        str | bytes,
+        _FileSchema,
+        Field(description="`adapter_model.safetensors`: in base64, or as a file of a form."),
+    ]
+    modality: Annotated[
+        Literal["text", "detection"] | None,
+        Field(description="Whose base it is for. Default: text where it is served."),
+    ] = None
+    ttl_seconds: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_TTL_SECONDS, description="Time in the cache; default: the service's."),
+    ] = None
+
+
+class AliasRequest(RequestModel):
+    """The adapter that a name shall stand for: one that is known, or a task's."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"task": EXAMPLE_TASK, "pinned": True},
+                {"task": EXAMPLE_TASK, "expected_generation": 3, "ttl_seconds": 3600},
+            ]
+        }
+    )
+
+    task: Annotated[TaskDescription | None, Field(description="Generate its adapter.")] = None
+    adapter_id: Annotated[
+        str | None, Field(min_length=1, max_length=64, description="An adapter's id.")
+    ] = None
+    modality: Annotated[
+        Literal["text", "detection"] | None,
+        Field(description="With a `task`: which bundle generates, as in `/generate-lora`."),
+    ] = None
+    expected_generation: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_SEED,
+            description="Refuse with 409 where the alias has another; 0: where it exists.",
+        ),
+    ] = None
+    pinned: Annotated[bool, Field(description="Keep the adapter in this process's memory.")] = False
+    ttl_seconds: Annotated[
+        int | None,
+        Field(ge=1, le=MAX_TTL_SECONDS, description="Lifetime of the alias; default: no end."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> "AliasRequest":
+        if (self.task is None) == (self.adapter_id is None):
+            raise ValueError("give exactly one of `task` and `adapter_id`")
+        if self.modality is not None and self.task is None:
+            raise ValueError("leave out `modality`: an adapter has its own")
         return self

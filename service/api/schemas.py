@@ -1,8 +1,11 @@
 """Answers of the HTTP interface."""
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
+
+from service.adapters.distribution import DecisionKind
 
 _EXAMPLE_ID = "5f0c" * 16
 
@@ -59,7 +62,10 @@ class AdapterInfo(BaseModel):
 
     adapter_id: AdapterId
     modality: Modality
-    recipe: RecipeInfo
+    recipe: Annotated[RecipeInfo | None, Field(description="Null for an upload.")]
+    regenerable: Annotated[
+        bool, Field(description="Whether the recipe alone makes it again once no cache holds it.")
+    ]
     bundle: BundleInfo
     kind: Annotated[str, Field(description="Parameterisation.", examples=["core"])]
     rank: int
@@ -72,13 +78,21 @@ class AdapterInfo(BaseModel):
     vector_sha256: Annotated[str, Field(description="sha256 of the adapter vector's bytes.")]
     nearest: Annotated[list[NearestTaskInfo], Field(description="Nearest training tasks.")]
     in_distribution: Annotated[
-        float, Field(description="How near the description lies to the training tasks, 0 to 1.")
+        float | None,
+        Field(description="How near the description lies to the training tasks, 0 to 1."),
     ]
 
 
 class GenerateResponse(AdapterInfo):
-    """A generated adapter, resident in a slot and ready to answer."""
+    """A generated adapter, ready to answer."""
 
+    decision: Annotated[DecisionKind, Field(description="What was done with the task.")]
+    similarity: Annotated[
+        float, Field(description="Cosine of the request's words to the nearest training task.")
+    ]
+    threshold: Annotated[
+        float, Field(description="Least `in_distribution` of the words of a task.")
+    ]
     cache: Annotated[
         Literal["hit", "miss", "coalesced", "degraded", "bypass"],
         Field(description="How the cache took part."),
@@ -86,9 +100,25 @@ class GenerateResponse(AdapterInfo):
     degraded: Annotated[
         list[str], Field(description="Components that are lost; the answer is right without them.")
     ]
-    slot: Annotated[int, Field(description="Slot of the bank that holds the adapter.")]
-    generation: Annotated[int, Field(description="Number of this load into the bank.")]
+    slot: Annotated[
+        int | None,
+        Field(
+            description="Slot of the bank that holds the adapter; null where running requests held "
+            "every slot: the adapter's first request loads it."
+        ),
+    ]
+    generation: Annotated[
+        int | None, Field(description="Number of this load into the bank; null without a slot.")
+    ]
     milliseconds: Milliseconds
+
+
+class UploadResponse(AdapterInfo):
+    """An adapter that was uploaded."""
+
+    degraded: Annotated[
+        list[str], Field(description="Caches that did not take it: it may end with the process.")
+    ]
 
 
 class AdapterList(BaseModel):
@@ -123,6 +153,28 @@ class Receipt(BaseModel):
     slot: Annotated[int, Field(description="Slot that answered; 0 is the base.")]
     generation: Annotated[int, Field(description="Number of the slot's load; 0 for the base.")]
     bundle: BundleInfo
+    decision: Annotated[
+        DecisionKind | None, Field(description="What was done with the `task`; null without one.")
+    ] = None
+    nearest_task: Annotated[
+        str | None, Field(description="Training task nearest to the `task`.")
+    ] = None
+    in_distribution: Annotated[float | None, Field(description="Score of the `task`, 0 to 1.")] = (
+        None
+    )
+    similarity: Annotated[
+        float | None, Field(description="Cosine of the `task` to the nearest training task.")
+    ] = None
+    threshold: Annotated[
+        float | None, Field(description="Least `in_distribution` of the words of a task.")
+    ] = None
+
+
+class AliasUse(BaseModel):
+    """The alias that a request named, as it was when the request came."""
+
+    name: str
+    generation: int
 
 
 class InferResponse(BaseModel):
@@ -135,9 +187,12 @@ class InferResponse(BaseModel):
     ]
     usage: Usage
     receipt: Receipt
+    alias: Annotated[AliasUse | None, Field(description="Null where the request named none.")]
     cache: Annotated[
         Literal["hit", "miss", "coalesced", "degraded"] | None,
-        Field(description="How the cache took part; null for an `adapter_id`."),
+        Field(
+            description="How the cache took part; null for an `adapter_id`, and for a pinned alias."
+        ),
     ]
     degraded: Annotated[list[str], Field(description="Components that are lost.")]
     milliseconds: Milliseconds
@@ -171,9 +226,12 @@ class DetectionResponse(BaseModel):
         ),
     ]
     receipt: Receipt
+    alias: Annotated[AliasUse | None, Field(description="Null where the request named none.")]
     cache: Annotated[
         Literal["hit", "miss", "coalesced", "degraded"] | None,
-        Field(description="How the cache took part; null for an `adapter_id`."),
+        Field(
+            description="How the cache took part; null for an `adapter_id`, and for a pinned alias."
+        ),
     ]
     degraded: Annotated[list[str], Field(description="Components that are lost.")]
     milliseconds: Milliseconds
@@ -213,3 +271,46 @@ class Problem(BaseModel):
     errors: Annotated[
         list[FieldProblem] | None, Field(description="Only for invalid requests.")
     ] = None
+
+
+class AliasInfo(BaseModel):
+    """A name and the adapter that it stands for."""
+
+    name: Annotated[str, Field(examples=["recipes-v2"])]
+    adapter_id: AdapterId
+    generation: Annotated[
+        int, Field(description="1 at first, 1 more with every replacement, also after a deletion.")
+    ]
+    created_at: Annotated[datetime, Field(description="When this generation was made.")]
+    expires_at: Annotated[datetime | None, Field(description="Null: never.")]
+    pinned: Annotated[bool, Field(description="Its adapter stays in memory.")]
+    regenerable: Annotated[
+        bool,
+        Field(description="Whether its adapter can be generated again once no cache holds it."),
+    ]
+
+
+class AliasState(AliasInfo):
+    """An alias, and how far it can be relied on."""
+
+    durable: Annotated[
+        bool, Field(description="It lies in Redis: it outlives the process, and replicas share it.")
+    ]
+    degraded: Annotated[list[str], Field(description="Components that are lost.")]
+
+
+class AliasList(BaseModel):
+    """The caller's aliases, a page at a time."""
+
+    aliases: list[AliasInfo]
+    total: int
+    durable: Annotated[bool, Field(description="As for one alias.")]
+    degraded: Annotated[list[str], Field(description="Components that are lost.")]
+
+
+class AliasDeletion(BaseModel):
+    """A name that is free."""
+
+    name: str
+    adapter_id: Annotated[str, Field(description="What it stood for; the adapter stays.")]
+    generation: Annotated[int, Field(description="Its last; the next alias of this name goes on.")]

@@ -14,6 +14,44 @@ FinishReason = Literal["stop", "length"]
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 4
+_CHARACTERS_PER_TOKEN = 4
+_PROMPT_TOKENS_PER_STEP = 32
+"""Tokens of a prompt, which are read together, that cost about as much as one generated."""
+
+MAX_LOGPROBS = 20
+"""Most alternatives to a token."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and how probable it was before temperature and nucleus, in nats.
+
+    Attributes:
+        token_id: in the base model's vocabulary.
+        text: the token alone; several tokens of one character each show a replacement character.
+        logprob: None for the first token of a prompt, which nothing precedes.
+        top: the most probable tokens as (id, text, logprob), the best first.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What a running completion has grown by: neither half a character nor half a stop text.
+
+    Attributes:
+        text: what is new; may be empty where tokens came whose text is not final.
+        logprobs: of the tokens that came since the last delta, where asked for.
+        num_tokens: that were generated until now, since the beginning.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,32 +59,44 @@ class CompletionRequest:
     """A prompt to continue, with an adapter or (no `adapter_id`) with the base model.
 
     Attributes:
-        prompt: text to continue. An empty one starts from the base model's start token; where
-            it has none, an empty prompt is an error.
+        prompt: text to continue, or its tokens. An empty one starts from the base model's start
+            token; where it has none, an empty prompt is an error.
         adapter_id: the adapter, None for the base model.
         vector: its values; not needed where it is sure to be in a slot.
-        max_tokens: most tokens to generate.
+        vector_sha256: where given, the slot's bytes are checked against it before and after.
+        max_tokens: most tokens to generate; 0 only with `prompt_logprobs`.
         temperature: divides the logits; 0 is greedy decoding.
         top_p: probability mass of the nucleus that is sampled from; 1 is everything.
         seed: of sampling.
         stop: texts that end the completion and are not part of it.
+        num_logprobs: None for none, else how many alternatives to each token are wanted beside
+            its own log-probability.
+        prompt_logprobs: the prompt's tokens get log-probabilities as well.
+        tenant: whose request this is; tenants take turns.
 
     Raises:
         InvalidInputError: a value is out of its range.
     """
 
-    prompt: str
+    prompt: str | tuple[int, ...]
     adapter_id: str | None = None
     vector: Float[Tensor, " num_params"] | None = None
+    vector_sha256: str | None = None
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    tenant: str = "public"
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens is {self.max_tokens}: choose at least 1")
+        least = 0 if self.prompt_logprobs else 1
+        if self.max_tokens < least:
+            raise InvalidInputError(f"max_tokens is {self.max_tokens}: choose at least {least}")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise InvalidInputError(f"{self.num_logprobs} logprobs: choose 0 to {MAX_LOGPROBS}")
         if not 0 <= self.temperature < math.inf:
             raise InvalidInputError(f"temperature is {self.temperature}: choose 0 or more")
         if not 0 < self.top_p <= 1:
@@ -55,6 +105,13 @@ class CompletionRequest:
             raise InvalidInputError(f"seed is {self.seed}: choose 0 to 2^63 - 1")
         if "" in self.stop:
             raise InvalidInputError("a stop text is empty: remove it")
+
+    @property
+    def work(self) -> int:
+        """Steps that this may take, of one token each; reading the prompt is guessed."""
+        is_text = isinstance(self.prompt, str)
+        num_tokens = len(self.prompt) // (_CHARACTERS_PER_TOKEN if is_text else 1)
+        return self.max_tokens + num_tokens // _PROMPT_TOKENS_PER_STEP + 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +125,11 @@ class Completion:
         completion_tokens: tokens generated; an end token and those of a stop text count.
         slot: slot of the bank that the adapter was taken from, 0 for the base.
         generation: number of the load that had filled the slot.
-        seconds: duration by stage. `prefill`: until the batch's first token; `decode`: from
-            there to this completion's last; the scheduler adds `queue`.
+        seconds: duration by stage. `prefill`: until the first token; `decode`: from there to
+            the last; the scheduler adds `queue`.
+        token_ids: tokens generated, an end token among them.
+        logprobs: of these tokens, where asked for.
+        prompt_logprobs: of the prompt's tokens, where asked for.
     """
 
     text: str
@@ -79,6 +139,9 @@ class Completion:
     slot: int
     generation: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class GrowingText:
@@ -119,6 +182,20 @@ class GrowingText:
             self._context, self._window = self._window, []
             self._context_characters = len(self._decode(self._context))
         return self._cut_at_stop(num_searched)
+
+    def final_length(self, *, at_end: bool = False) -> int:
+        """Characters of `text` that no later token can take away.
+
+        Args:
+            at_end: no token will come: all of it.
+        """
+        if at_end or not self._stop:
+            return len(self.text)
+        longest = max(map(len, self._stop)) - 1
+        for start in range(max(0, len(self.text) - longest), len(self.text)):
+            if any(stop.startswith(self.text[start:]) for stop in self._stop):
+                return start
+        return len(self.text)
 
     def _cut_at_stop(self, num_searched: int) -> bool:
         found = [

@@ -1,8 +1,8 @@
 """Detection on a frozen Florence-2, every image of a batch with its own adapter."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from service.errors import (
     IcmLoraError,
     InvalidAdapterError,
     InvalidInputError,
+    NoFreeSlotError,
 )
 from service.inference.base_model import BaseModel
 from service.inference.box_decoding import decode_boxes
@@ -25,7 +26,7 @@ from service.inference.detections import (
     label_of,
     select_boxes,
 )
-from service.inference.engine import AdapterHost
+from service.inference.engine import AdapterHost, Ticket, build_failure
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
 
@@ -45,11 +46,23 @@ MAX_DECODED_ROWS = 32
 Result = Detections | IcmLoraError
 """What becomes of a request."""
 
+DetectionTicket = Ticket[DetectionRequest, Detections]
 
-class DetectionEngine(AdapterHost):
+
+@dataclass(frozen=True)
+class _Row:
+    """An image of the batch that runs; `vector` is None for the base."""
+
+    ticket: DetectionTicket
+    prompt: list[int]
+    lease: SlotLease
+    vector: Tensor | None
+
+
+class DetectionEngine(AdapterHost[DetectionRequest, Detections]):
     """A Florence-2 that finds what prompts and adapters ask for.
 
-    `complete` is for one thread at a time; `prepare`, `load` and `slots` may be used beside it.
+    For one thread at a time; `prepare`, `load` and `slots` may be used beside it.
 
     Args:
         base: frozen detection base; its linears are replaced by adapted ones.
@@ -74,6 +87,7 @@ class DetectionEngine(AdapterHost):
         self._max_prompt_tokens = max_prompt_tokens
         self._context_tokens: int = base.model.config.text_config.max_position_embeddings
         self._blank = Image.new("RGB", (8, 8))
+        self._waiting: dict[DetectionTicket, list[int]] = {}  # oldest first, with its prompt
 
     def prepare(self, image: Image.Image) -> PreparedPicture:
         """Resizes and normalises an RGB image; may run in any thread, before its batch."""
@@ -82,88 +96,84 @@ class DetectionEngine(AdapterHost):
         ]
         return PreparedPicture(pixels[0], image.width, image.height)
 
-    def complete(
-        self,
-        requests: Sequence[DetectionRequest],
-        on_done: Callable[[int, Result], None] | None = None,
-        is_abandoned: Callable[[int], bool] | None = None,
-    ) -> list[Result]:
-        """Finds the objects of all images, whatever their adapters.
+    @property
+    def num_running(self) -> int:
+        """Images that wait for their batch."""
+        return len(self._waiting)
 
-        What a request gets does not depend on the others, up to rounding. A request that fails
-        fails alone.
-
-        Args:
-            requests: any number; those with different `num_beams` or `max_boxes` run one batch
-                after another, as these say how a batch is decoded.
-            on_done: told an index and its result as soon as it is known.
-            is_abandoned: asked before each batch whether nobody waits for an index any more.
+    def admit(self, tickets: Sequence[DetectionTicket]) -> list[DetectionTicket]:
+        """Takes requests in for the next batches; those that cannot be answered are resolved.
 
         Returns:
-            One result per request: its detections or its error.
+            None of them: slots are leased while a batch runs only.
         """
-        results: dict[int, Result] = {}
-
-        def settle(index: int, result: Result) -> None:
-            results[index] = result
-            if on_done is not None:
-                on_done(index, result)
-
-        prompts: dict[int, list[int]] = {}
-        for index, request in enumerate(requests):
+        for ticket in tickets:
             try:
-                prompts[index] = self._tokenize(request.prompt)
-            except InvalidInputError as error:
-                settle(index, error)
+                self._waiting[ticket] = self._tokenize(ticket.request.prompt)
+            except Exception as error:  # whatever it is: nothing that waits was touched
+                ticket.resolve(build_failure(error))
+        return []
+
+    def step(self) -> None:
+        """Finds the objects of the oldest image, and of those that are decoded alike.
+
+        Requests with other `num_beams` or `max_boxes`, which say how a batch is decoded, wait
+        for a step of their own, and so do those that find no slot while others of the batch
+        hold one.
+        """
+        for ticket in [each for each in self._waiting if each.is_abandoned()]:
+            del self._waiting[ticket]
+            ticket.resolve(DeadlineExceededError("nobody waits for these boxes"))
+        waiting = list(self._waiting.items())
+        rows: list[_Row] = []
         try:
-            for group in _group_alike(requests, prompts):
-                for index in group:
-                    if is_abandoned is not None and is_abandoned(index):
-                        settle(index, DeadlineExceededError("nobody waits for these boxes"))
-                waiting = [index for index in group if index not in results]
-                self._run_group(requests, {index: prompts[index] for index in waiting}, settle)
+            for index in _choose_group([ticket.request for ticket in self._waiting]):
+                self._open_row(*waiting[index], rows)
+            if rows:
+                self._run_rows(rows)
         finally:
             self._attachment.rows.vectors = None
-        return [results[index] for index in range(len(requests))]
+            for row in rows:
+                row.lease.release()
+                self._waiting.pop(row.ticket, None)
 
-    def _run_group(
-        self,
-        requests: Sequence[DetectionRequest],
-        prompts: Mapping[int, list[int]],
-        settle: Callable[[int, Result], None],
-    ) -> None:
+    def abort(self) -> None:
+        """Lets go of all images; their tickets are not resolved."""
+        self._waiting = {}
+        self._attachment.rows.vectors = None
+
+    def _open_row(self, ticket: DetectionTicket, prompt: list[int], rows: list[_Row]) -> None:
+        """Leases a slot for an image and adds it to the batch; one that cannot be is resolved."""
+        try:
+            rows.append(_Row(ticket, prompt, *self._lease(ticket.request)))
+        except Exception as error:  # whatever it is: the others may go on
+            if isinstance(error, NoFreeSlotError) and rows:
+                return  # it waits for the slots of these
+            self._waiting.pop(ticket, None)
+            ticket.resolve(build_failure(error))
+
+    def _run_rows(self, rows: Sequence[_Row]) -> None:
         started = time.perf_counter()
-        leases: dict[int, SlotLease] = {}
-        vectors: list[Tensor] = []
-        for index in prompts:
-            try:
-                request = requests[index]
-                leases[index], vector = self._copy_adapter(request.adapter_id, request.vector)
-            except IcmLoraError as error:
-                settle(index, error)
-            else:
-                vectors.append(vector)
-        if not leases:
-            return
-        rows = [requests[index] for index in leases]
-        self._attachment.rows.vectors = self._stack_rows(list(leases.values()), vectors)
+        requests = [row.ticket.request for row in rows]
+        self._attachment.rows.vectors = self._stack_rows([row.vector for row in rows])
         found = decode_boxes(
             self.base,
-            self._build_inputs(rows, [prompts[index] for index in leases]),
-            num_beams=rows[0].num_beams,
-            max_boxes=rows[0].max_boxes,
+            self._build_inputs(requests, [row.prompt for row in rows]),
+            num_beams=requests[0].num_beams,
+            max_boxes=requests[0].max_boxes,
         )
         seconds = {"detect": time.perf_counter() - started}
-        for (index, lease), request, boxes in zip(leases.items(), rows, found, strict=True):
+        for row, boxes in zip(rows, found, strict=True):
+            result: Result
             try:
-                kept = tuple(select_boxes(boxes, request))
+                kept = tuple(select_boxes(boxes, row.ticket.request))
             except InvalidAdapterError as error:
-                settle(index, error)
-                continue
-            answer = Detections(
-                boxes=kept, slot=lease.slot, generation=lease.generation, seconds=seconds
-            )
-            settle(index, answer)
+                result = error
+            else:
+                slot, generation = row.lease.slot, row.lease.generation
+                result = Detections(kept, slot, generation, seconds)
+            row.ticket.on_first_token()
+            self._resolve(row.ticket, row.lease, result)
 
     def _build_inputs(
         self, rows: Sequence[DetectionRequest], prompts: Sequence[list[int]]
@@ -200,15 +210,11 @@ class DetectionEngine(AdapterHost):
         return ids
 
 
-def _group_alike(
-    requests: Sequence[DetectionRequest], indices: Mapping[int, Any]
-) -> Iterator[list[int]]:
-    """Indices of requests that are decoded alike, not too many at a time."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index in indices:
-        request = requests[index]
-        groups.setdefault((request.num_beams, request.max_boxes), []).append(index)
-    for (num_beams, _), group in groups.items():
-        size = max(1, MAX_DECODED_ROWS // num_beams)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+def _choose_group(requests: Sequence[DetectionRequest]) -> list[int]:
+    """Indices of the first request and of those decoded alike, not too many at a time."""
+    alike = [
+        index
+        for index, request in enumerate(requests)
+        if (request.num_beams, request.max_boxes) == (requests[0].num_beams, requests[0].max_boxes)
+    ]
+    return alike[: max(1, MAX_DECODED_ROWS // requests[0].num_beams)] if alike else []

@@ -56,6 +56,8 @@ class DetectionRequest:
         label: what a box is called where the model itself writes no name.
         adapter_id: the adapter, None for the base model.
         vector: its values; not needed where it is sure to be in a slot.
+        vector_sha256: where given, the slot's bytes are checked against it before and after.
+        tenant: whose request this is; tenants take turns.
         num_beams: width of the beam search; 1 is greedy decoding.
         max_boxes: most boxes to find; the model's context may allow fewer.
         score_threshold: boxes that score less are left out.
@@ -69,6 +71,8 @@ class DetectionRequest:
     label: str = ""
     adapter_id: str | None = None
     vector: Float[Tensor, " num_params"] | None = None
+    vector_sha256: str | None = None
+    tenant: str = "public"
     num_beams: int = 1
     max_boxes: int = 16
     score_threshold: float = 0.0
@@ -80,6 +84,11 @@ class DetectionRequest:
             raise InvalidInputError(f"max_boxes is {self.max_boxes}: choose 1 to {MAX_BOXES}")
         if not 0 <= self.score_threshold <= 1:
             raise InvalidInputError(f"score_threshold is {self.score_threshold}: choose 0 to 1")
+
+    @property
+    def work(self) -> int:
+        """Steps that this takes: all boxes of a batch are found in one."""
+        return 1
 
 
 @dataclass(frozen=True)

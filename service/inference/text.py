@@ -1,32 +1,51 @@
 """Text completion on the frozen base model, every row of a batch with its own adapter."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from transformers import DynamicCache
 
 from service.adapters.slot_bank import SlotLease
-from service.errors import DeadlineExceededError, IcmLoraError, InvalidInputError
+from service.errors import (
+    DeadlineExceededError,
+    IcmLoraError,
+    InvalidInputError,
+    NoFreeSlotError,
+)
 from service.inference.base_model import BaseModel
-from service.inference.completion import Completion, CompletionRequest, GrowingText
+from service.inference.completion import Completion, CompletionRequest, GrowingText, TextDelta
 from service.inference.decode_batch import DecodeBatch, DecodeRow
-from service.inference.engine import AdapterHost
+from service.inference.engine import AdapterHost, Ticket, build_failure
+from service.inference.logprobs import LogprobReader
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
+from service.synthesis.packed_weight import widen_activations
 
 __all__ = ["Completion", "CompletionRequest", "Result", "TextEngine"]
 
 Result = Completion | IcmLoraError
 """What becomes of a request."""
 
-MAX_PADDING_TOKENS = 2_048
-"""Most padding that one batch may hold; requests of more different lengths run in turn."""
+TextTicket = Ticket[CompletionRequest, Completion]
+
+PREFILL_TOKENS = {"cpu": 256, "cuda": 4_096}
+"""Most tokens of prompts that one step reads, padding included, by type of device: running rows
+wait that long for their next token. A longer prompt takes several steps."""
 
 
-class TextEngine(AdapterHost):
-    """A language model that completes prompts.
+@dataclass
+class _Reading:
+    """A long prompt that is being read, a part per step."""
 
-    `complete` is for one thread at a time; `load` and `slots` may be used beside it.
+    row: DecodeRow
+    cache: DynamicCache
+
+
+class TextEngine(AdapterHost[CompletionRequest, Completion]):
+    """A language model that completes prompts; rows join and leave between any two tokens.
+
+    For one thread at a time; `load` and `slots` may be used beside it.
 
     Args:
         base: frozen base model; its linears are replaced by adapted ones.
@@ -34,6 +53,9 @@ class TextEngine(AdapterHost):
         bases: of the adapters.
         num_slots: adapters resident at once.
         max_prompt_tokens: longest prompt.
+
+    Raises:
+        InvalidInputError: the base has another attention than full.
     """
 
     def __init__(
@@ -46,96 +68,153 @@ class TextEngine(AdapterHost):
         max_prompt_tokens: int = 2_048,
     ) -> None:
         super().__init__(base, layout, bases, num_slots=num_slots)
-        self._model = base.model
+        widen_activations(base.model)
+        self._base = base
         self._tokenizer = base.tokenizer
         self._max_prompt_tokens = max_prompt_tokens
         self._context_tokens: int | None = getattr(
             base.model.config, "max_position_embeddings", None
         )
+        self._vocab_size: int = base.model.config.vocab_size
         self._eos_ids = find_eos_ids(base)
         self._start_id = find_start_id(base)
+        self._prefill_tokens = PREFILL_TOKENS.get(base.device.type, PREFILL_TOKENS["cuda"])
+        self._tickets: dict[DecodeRow, TextTicket] = {}
+        self._unread: list[DecodeRow] = []  # rows whose prompts wait to be read, oldest first
+        self._reading: _Reading | None = None
+        self._sent: dict[DecodeRow, tuple[int, int]] = {}  # characters, log-probabilities
+        self._batch = self._build_batch()
 
-    def complete(
-        self,
-        requests: Sequence[CompletionRequest],
-        on_done: Callable[[int, Result], None] | None = None,
-        is_abandoned: Callable[[int], bool] | None = None,
-    ) -> list[Result]:
-        """Completes requests together, whatever their adapters.
+    @property
+    def num_running(self) -> int:
+        """Rows that read or decode."""
+        return len(self._tickets)
 
-        What a request gets does not depend on the others, up to rounding (in float32 greedy
-        text is equal to that of the request alone). A request that fails fails alone.
-
-        Args:
-            requests: any number; those of very different lengths run one batch after another.
-            on_done: told an index and its result as soon as it is known.
-            is_abandoned: asked between steps whether nobody waits for an index any more.
+    def admit(self, tickets: Sequence[TextTicket]) -> list[TextTicket]:
+        """Takes requests in; those that cannot be answered are resolved at once.
 
         Returns:
-            One result per request: its completion or its error.
+            Requests that must wait for a slot.
         """
-        results: dict[int, Result] = {}
-
-        def settle(index: int, result: Result) -> None:
-            results[index] = result
-            if on_done is not None:
-                on_done(index, result)
-
-        prompts: dict[int, list[int]] = {}
-        for index, request in enumerate(requests):
+        waiting: list[TextTicket] = []
+        for ticket in tickets:
             try:
-                prompts[index] = self._tokenize(request)
-            except InvalidInputError as error:
-                settle(index, error)
-        try:
-            for group in group_by_length(prompts):
-                self._run_group(requests, group, settle, is_abandoned or (lambda _: False))
-        finally:
-            self._attachment.rows.vectors = None
-        return [results[index] for index in range(len(requests))]
+                row = self._open_row(ticket.request)
+            except NoFreeSlotError as error:
+                if self._tickets:
+                    waiting.append(ticket)
+                else:
+                    ticket.resolve(error)
+            except Exception as error:  # whatever it is: nothing that runs was touched
+                ticket.resolve(build_failure(error))
+            else:
+                self._tickets[row] = ticket
+                self._unread.append(row)
+        return waiting
 
-    def _run_group(
-        self,
-        requests: Sequence[CompletionRequest],
-        prompts: dict[int, list[int]],
-        settle: Callable[[int, Result], None],
-        is_abandoned: Callable[[int], bool],
-    ) -> None:
-        indices: dict[DecodeRow, int] = {}
-        leases: list[SlotLease] = []
-        vectors: list[Tensor] = []
-        for index, prompt_ids in prompts.items():
-            request = requests[index]
-            try:
-                lease, vector = self._copy_adapter(request.adapter_id, request.vector)
-            except IcmLoraError as error:
-                settle(index, error)
-                continue
-            text = GrowingText(self._tokenizer, prompt_ids, request.stop)
-            indices[DecodeRow(request, prompt_ids, text, lease.slot, lease.generation)] = index
-            leases.append(lease)
-            vectors.append(vector)
-        if not indices:
-            return
-        batch = DecodeBatch(
-            self._model,
+    def step(self) -> None:
+        """Reads prompts for `PREFILL_TOKENS`, then adds a token to every row that has been read."""
+        self._drop_abandoned()
+        before = set(self._batch.rows)
+        self._finish(self._read_prompts())
+        for row in self._batch.rows:
+            if row not in before:
+                self._report(row)  # its first token need not wait for the others' next
+        if self._batch.rows:
+            self._finish(self._batch.step())
+        for row in self._batch.rows:
+            self._report(row)
+
+    def abort(self) -> None:
+        """Lets go of all rows; their tickets are not resolved."""
+        for row in self._tickets:
+            row.lease.release()
+        self._tickets, self._unread, self._sent, self._reading = {}, [], {}, None
+        self._batch = self._build_batch()
+        self._attachment.rows.vectors = None
+
+    def _build_batch(self) -> DecodeBatch:
+        return DecodeBatch(
+            self._base.model,
             self._attachment,
-            list(indices),
-            self._stack_rows(leases, vectors),
             self._eos_ids,
-            pad_id=self._tokenizer.pad_token_id,
+            self._tokenizer.pad_token_id,
+            LogprobReader(self._tokenizer),
+            self._stack_rows,
         )
-        while batch.rows:
-            abandoned = [row for row in batch.rows if is_abandoned(indices[row])]
-            batch.remove(abandoned)
-            for row in abandoned:
-                settle(indices[row], DeadlineExceededError("nobody waits for this completion"))
-            for row in batch.step() if batch.rows else []:
-                seconds = batch.measure_seconds()
-                settle(indices[row], row.error or row.build_completion(seconds))
+
+    def _open_row(self, request: CompletionRequest) -> DecodeRow:
+        prompt_ids = self._tokenize(request)
+        text = GrowingText(self._tokenizer, prompt_ids, request.stop)
+        lease: SlotLease
+        lease, vector = self._lease(request)  # last, as nothing may fail while only we know it
+        return DecodeRow(request, prompt_ids, text, lease, vector)
+
+    def _read_prompts(self) -> list[DecodeRow]:
+        """One step's share of the prompts; returns rows that are done with that."""
+        if self._reading is None and self._unread and self._reads_alone(self._unread[0]):
+            cache = DynamicCache(config=self._base.model.config)
+            self._reading = _Reading(self._unread.pop(0), cache)
+        if self._reading is not None:
+            row = self._reading.row
+            if not self._batch.prefill_part(row, self._reading.cache, self._prefill_tokens):
+                return []
+            self._reading = None
+            return [row] if row.is_done else []
+        group: list[DecodeRow] = []
+        for row in self._unread:
+            width = max(len(each.prompt_ids) for each in [*group, row])
+            if self._reads_alone(row) or width * (len(group) + 1) > self._prefill_tokens:
+                break
+            group.append(row)
+        if not group:
+            return []
+        del self._unread[: len(group)]
+        return self._batch.prefill(group)
+
+    def _reads_alone(self, row: DecodeRow) -> bool:
+        return row.request.prompt_logprobs or len(row.prompt_ids) > self._prefill_tokens
+
+    def _finish(self, rows: Sequence[DecodeRow]) -> None:
+        """Answers rows that are done."""
+        for row in rows:
+            self._report(row, at_end=True)
+            self._close(row, row.error or row.build_completion())
+
+    def _close(self, row: DecodeRow, result: Result) -> None:
+        self._sent.pop(row, None)
+        self._resolve(self._tickets.pop(row), row.lease, result)
+
+    def _drop_abandoned(self) -> None:
+        for row, ticket in list(self._tickets.items()):
+            if not ticket.is_abandoned():
+                continue
+            if row in self._batch.rows:
+                self._batch.remove([row])
+            elif row in self._unread:
+                self._unread.remove(row)
+            else:
+                self._reading = None
+            self._close(row, DeadlineExceededError("nobody waits for this completion"))
+
+    def _report(self, row: DecodeRow, *, at_end: bool = False) -> None:
+        """Tells the ticket about the first token, and what is new where it wants to know."""
+        ticket = self._tickets[row]
+        if row.token_ids and row not in self._sent:
+            self._sent[row] = (0, 0)
+            ticket.on_first_token()
+        if not ticket.wants_deltas or row.error is not None:
+            return
+        num_characters, num_logprobs = self._sent.get(row, (0, 0))
+        end = row.text.final_length(at_end=at_end)
+        if end > num_characters or len(row.logprobs) > num_logprobs:
+            fresh = row.text.text[num_characters : max(end, num_characters)]
+            logprobs = tuple(row.logprobs[num_logprobs:])
+            ticket.emit(TextDelta(fresh, logprobs, len(row.token_ids)))
+            self._sent[row] = (max(end, num_characters), len(row.logprobs))
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
-        prompt_ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+        prompt_ids = self._read_prompt(request.prompt)
         if not prompt_ids:
             if self._start_id is None:
                 raise InvalidInputError(
@@ -157,6 +236,16 @@ class TextEngine(AdapterHost):
             )
         return prompt_ids
 
+    def _read_prompt(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+            return ids
+        if any(not 0 <= token < self._vocab_size for token in prompt):
+            raise InvalidInputError(
+                f"the prompt's tokens must lie between 0 and {self._vocab_size - 1}"
+            )
+        return list(prompt)
+
 
 def find_eos_ids(base: BaseModel) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, and one or several of the generation config."""
@@ -169,21 +258,3 @@ def find_start_id(base: BaseModel) -> int | None:
     """Token that a text begins with: the tokenizer's, else the generation config's, if any."""
     start: int | None = base.tokenizer.bos_token_id
     return base.model.generation_config.bos_token_id if start is None else start
-
-
-def group_by_length(prompts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
-    """Splits prompts, shortest first, so that no group holds too much padding.
-
-    Otherwise one long prompt would make every short one beside it as expensive as itself.
-    """
-    group: dict[int, list[int]] = {}
-    num_tokens = 0
-    for index, prompt_ids in sorted(prompts.items(), key=lambda item: len(item[1])):
-        padding = len(prompt_ids) * len(group) - num_tokens
-        if padding > MAX_PADDING_TOKENS:
-            yield group
-            group, num_tokens = {}, 0
-        group[index] = prompt_ids
-        num_tokens += len(prompt_ids)
-    if group:
-        yield group

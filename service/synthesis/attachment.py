@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
+from service.synthesis.packed_weight import PackedWeight, is_small, pack_linears
 
 FEW_TOKENS = 64
 """Up to this many tokens, a decode step, the update is computed in `choose_few_dtype`."""
@@ -95,7 +95,7 @@ class AdaptedLinear(nn.Module):
             together = self.group.compute(self, x)
             if together is not None:
                 return together
-        y = functional.linear(x, self.base.weight, self.base.bias)
+        y: Tensor = self.base(x)
         if vectors is None:
             return y
         if x.ndim == 3:
@@ -145,71 +145,90 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class DecodeGroup:
-    """Modules with the same input, whose updates a decode step computes together (kind `core`).
+    """Modules with the same input, whose outputs serving computes together (kind `core`).
 
-    A decode step's products are so small that their number is what costs. So the first module's
-    weight is extended by the `A` of all, one product gives its output and everybody's `A x`, and
-    one each applies `R` and `B` (block-diagonal) for all. The other modules take their part if
-    they are given the very same tensor; else they compute their own.
+    A decode step's products are so small that their number is what costs. With `h = R A x` of all
+    modules, one product `[x; h] [W; B]^T` gives the outputs of all (`B` block-diagonal), updates
+    included. The first module computes, the others take their part if they are given the very
+    same tensor; else they compute their own.
+
+    Args:
+        rows: which adapters.
+        modules: that take the same input.
+        packs: whether their weights are copied into another layout, where that pays; else the
+            modules share the memory of the group's.
     """
 
-    def __init__(self, rows: AdapterRows, modules: Sequence[AdaptedLinear]) -> None:
+    def __init__(self, rows: AdapterRows, modules: Sequence[AdaptedLinear], *, packs: bool) -> None:
         self._rows = rows
         self._keys = [(module.module.path, "core") for module in modules]
         self._few_dtype = modules[0].few_dtype
-        base = modules[0].base
-        down = torch.cat([module.frozen_a for module in modules], dim=1).T  # [n * r, in]
-        self._extended = torch.cat([base.weight, down.to(base.weight.dtype)])  # [out + n * r, in]
-        base.weight = nn.Parameter(self._extended[: base.out_features], requires_grad=False)
-        up = [module.frozen_b for module in modules]
-        self._up: Tensor = torch.block_diag(*up)  # type: ignore[no-untyped-call]  # [n * r, outs]
-        self._weights = [module.base.weight for module in modules]
-        self._spans: list[tuple[int, int]] = []  # (start, length) of each module's update
+        weights = [module.base.weight for module in modules]
+        dtype = weights[0].dtype
+        ups = [module.frozen_b.T for module in modules]
+        up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]  # [outs, n * r]
+        together = torch.cat([torch.cat(weights), up.to(dtype)], dim=1)  # [outs, in + n * r]
+        self._down = torch.cat([module.frozen_a for module in modules], dim=1)  # [in, n * r]
+        self._together = PackedWeight(together, packs=packs)
+        self._spans: list[tuple[int, int]] = []  # (start, length) of each module's output
         for position, module in enumerate(modules):
-            start = sum(self._spans[-1]) if self._spans else 0
-            self._spans.append((start, module.module.out_features))
+            start, length = sum(self._spans[-1]) if self._spans else 0, module.module.out_features
+            self._spans.append((start, length))
             module.group, module.position = self, position
+            if not self.is_packed:  # then the memory is shared
+                span = together[start : start + length, : module.module.in_features]
+                module.base.weight = nn.Parameter(span, requires_grad=False)
         self._tensors: dict[tuple[str, str], Tensor] = {}  # of the rows that `_cores` are of
-        self._cores: Float[Tensor, "rows_n r r"] | None = None  # R^T; None: not for these rows
+        self._cores: Float[Tensor, "rows n_r n_r"] | None = None  # None: not for these rows
         self._input: Tensor | None = None
-        self._updates: Float[Tensor, "rows 1 outs"] | None = None
+        self._outputs: Float[Tensor, "rows tokens outs"] | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights were copied into another layout."""
+        return self._together.is_packed
 
     def compute(self, module: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """A module's output `[rows, 1, out]`, its update included.
+        """A module's output `[rows, tokens, out]`, its update included.
 
-        None where this is no decode step without gradients with an adapter for every row, or
-        where the group's first module was given another input.
+        None where gradients are wanted or there is not one adapter for every row, or where the
+        group's first module was given another input.
         """
         if self._rows.tensors is not self._tensors:
             self._stack_cores()
         if module.position > 0:
-            if x is not self._input or self._updates is None:
+            if x is not self._input or self._outputs is None:
                 return None
-            part = self._updates.narrow(2, *self._spans[module.position])
-            if module.position == len(self._spans) - 1:
-                self._input = None
-            return functional.linear(x, self._weights[module.position]).add_(part)
+            part = self._outputs.narrow(2, *self._spans[module.position])
+            if module.position == len(self._spans) - 1:  # a prompt's would stay in every layer
+                self._input = self._outputs = None
+            return part
         cores, size = self._cores, x.shape
-        if cores is None or len(size) != 3 or size[1] != 1:
-            return None
-        if size[0] * len(self._keys) != cores.shape[0]:
+        if cores is None or len(size) != 3 or size[0] != cores.shape[0]:
             return None
         if torch.is_grad_enabled():
             return None
-        y = functional.linear(x, self._extended)  # [rows, 1, out + n * r]
-        out = self._spans[0][1]
-        hidden = y.narrow(2, out, self._up.shape[0]).to(self._few_dtype).contiguous()
-        hidden = torch.bmm(hidden.view(-1, 1, cores.shape[-1]), cores).view(size[0], -1)
-        self._updates = torch.mm(hidden, self._up).to(x.dtype).unsqueeze(1)  # [rows, 1, outs]
-        self._input = x if len(self._spans) > 1 else None
-        return y.narrow(2, 0, out) + self._updates.narrow(2, 0, out)
+        flat = x.reshape(-1, size[2]).to(self._few_dtype)
+        hidden = torch.mm(flat, self._down)  # [rows * tokens, n * r]
+        hidden = torch.bmm(hidden.view(size[0], size[1], -1), cores).to(x.dtype)
+        together = torch.cat([x, hidden], dim=2)  # [rows, tokens, in + n * r]
+        outputs = self._together.multiply(together)  # [rows, tokens, outs]
+        if len(self._spans) == 1:
+            return outputs
+        self._input, self._outputs = x, outputs
+        return outputs.narrow(2, *self._spans[0])
 
     def _stack_cores(self) -> None:
-        """`R^T` of every row and module, once per assignment of `rows.vectors`."""
+        """`R^T` of every row, block-diagonal over the modules, once per assignment of rows."""
         self._tensors, self._cores, self._input = self._rows.tensors, None, None
         cores = [self._tensors[key].mT for key in self._keys]
-        if 1 < cores[0].shape[0] <= FEW_TOKENS and cores[0].dtype == self._few_dtype:
-            self._cores = torch.stack(cores, dim=1).flatten(0, 1)
+        if cores[0].dtype != self._few_dtype:
+            return
+        rows, rank, _ = cores[0].shape
+        self._cores = cores[0].new_zeros(rows, len(cores) * rank, len(cores) * rank)
+        for position, core in enumerate(cores):
+            span = slice(position * rank, (position + 1) * rank)
+            self._cores[:, span, span] = core
 
 
 class Attachment:
@@ -225,10 +244,8 @@ class Attachment:
             assert isinstance(base, nn.Linear), f"{module.path} is {type(base).__name__}"
             self._adapted[module.path] = AdaptedLinear(base, module, bases, self.rows)
             model.set_submodule(module.path, self._adapted[module.path], strict=True)
-        if self.layout.kind is AdapterKind.CORE:
-            self._group_modules()
 
-    def _group_modules(self) -> None:
+    def _group_modules(self, *, packs: bool) -> None:
         """Groups modules that their parent feeds alike; the others are groups of one."""
         left = dict(self._adapted)
         for path in self._adapted:
@@ -237,7 +254,16 @@ class Attachment:
             names = [f"{parent}.{each}" if parent else each for each in alike]
             modules = [left.pop(name) for name in names if name in left]
             if modules and all(module.base.bias is None for module in modules):
-                DecodeGroup(self.rows, modules)
+                DecodeGroup(self.rows, modules, packs=packs)
+
+    def prepare_serving(self, model: nn.Module) -> None:
+        """Makes decode steps fast: packs a small model's weights, computes alike modules together.
+
+        Results stay the same up to rounding. The model can no longer be trained or detached.
+        """
+        if self.layout.kind is AdapterKind.CORE:
+            self._group_modules(packs=is_small(model))
+        pack_linears(model)
 
     def detach(self, model: nn.Module) -> None:
         """Puts the original linears back."""

@@ -89,6 +89,12 @@ class AdapterBases:
         return cls(layout, {_split_name(name): tensor for name, tensor in state.items()})
 
 
+def take_triangle(tall: Float[Tensor, "*batch n r"]) -> Float[Tensor, "*batch k r"]:
+    """R of the thin QR: `tall = Q R`, so products keep their singular values with R instead."""
+    triangle: Tensor = torch.linalg.qr(tall, mode="r").R
+    return triangle
+
+
 def _split_name(name: str) -> tuple[str, str]:
     path, _, base = name.rpartition(".")
     return path, base

@@ -32,7 +32,8 @@ from service.errors import (
     TaskEncoderMismatchError,
 )
 from service.synthesis.bases import AdapterBases
-from service.synthesis.cvae import GeneratorConfig, build_decoder
+from service.synthesis.cvae import build_decoder
+from service.synthesis.generator_config import GeneratorConfig
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 
@@ -76,7 +77,7 @@ class Bundle:
         task_vectors: one unit row per training description.
         owner: index into `tasks` for each row of `task_vectors`.
         similarity_quantiles: sorted similarities of left-out training wordings to their own
-            task's other wordings, the reference for the in-distribution score.
+            task's other wordings.
         provenance: recipe, seeds and commit that made it.
     """
 

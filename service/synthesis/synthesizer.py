@@ -1,5 +1,6 @@
 """Synthesis: a task description becomes an adapter, the same recipe always the same bytes."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,9 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from service.errors import InvalidAdapterError, InvalidInputError
+from service.errors import IcmLoraError, InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
 from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
+from service.synthesis.novelty import NoveltyScale, draw_nonsense
+from service.synthesis.row_decoding import decode_rows
 from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
 
 if TYPE_CHECKING:
@@ -28,6 +31,17 @@ VECTOR_DTYPE = torch.float16
 """Dtype of a generated adapter vector: what is hashed, cached, served and exported."""
 
 MAX_TASK_CHARACTERS = 1000
+
+_REFUSED_CATEGORIES = {
+    "Cc": "control",
+    "Cs": "surrogate",
+    "Co": "private-use",
+    "Cn": "unassigned",
+}
+_DIRECTION_CONTROLS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+"""Unicode's property Bidi_Control."""
 
 
 class GenerationMode(StrEnum):
@@ -174,6 +188,10 @@ class AdapterRecipe:
             raise InvalidInputError(f"malformed adapter recipe: {error}") from error
 
 
+SynthesisOrder = tuple[AdapterRecipe, Sequence["Image"] | None]
+"""A recipe and, where it was built from some, its example images."""
+
+
 @dataclass(frozen=True)
 class NearestTask:
     """A training task and its cosine similarity to a description (best wording)."""
@@ -190,8 +208,9 @@ class SynthesizedAdapter:
         recipe: what determined it.
         vector: adapter vector, float16 on the CPU.
         nearest: training tasks by falling similarity.
-        in_distribution: share of left-out training wordings that lie no nearer to their own task
-            than this description to its nearest task: near 0 means unlike anything trained on.
+        in_distribution: how much of a task the description is, 0 to 1, on the scale of training
+            tasks that are left out (`service.synthesis.novelty`): below `THRESHOLD`, unlike
+            anything trained on.
         seconds: time of the stages `encode` and `decode`.
     """
 
@@ -221,7 +240,9 @@ def normalize_description(task: str) -> str:
     """Unicode NFKC with white space collapsed.
 
     Raises:
-        InvalidInputError: empty, longer than `MAX_TASK_CHARACTERS`, or with control characters.
+        InvalidInputError: empty, longer than `MAX_TASK_CHARACTERS`, or with characters that are
+            no text: controls, also of direction (they make words look like others), private and
+            unassigned ones.
     """
     normalized = " ".join(unicodedata.normalize("NFKC", task).split())
     if not normalized:
@@ -231,8 +252,13 @@ def normalize_description(task: str) -> str:
             f"the task description has {len(normalized)} characters, at most "
             f"{MAX_TASK_CHARACTERS} are allowed"
         )
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in normalized):
-        raise InvalidInputError("the task description holds control characters: remove them")
+    for character in normalized:
+        category = unicodedata.category(character)
+        if category in _REFUSED_CATEGORIES or character in _DIRECTION_CONTROLS:
+            kind = _REFUSED_CATEGORIES.get(category, "control")
+            raise InvalidInputError(
+                f"the task description holds the {kind} character U+{ord(character):04X}: remove it"
+            )
     return normalized
 
 
@@ -263,13 +289,17 @@ class Synthesizer:
         self.bundle = bundle
         self.encoder = encoder
         self.image_encoder = image_encoder
+        nonsense = torch.zeros(0, encoder.dim)
+        with contextlib.suppress(InvalidInputError):  # an encoder that reads images only
+            nonsense = torch.cat([encoder.encode([text]) for text in draw_nonsense()])
+        self._novelty = NoveltyScale(bundle.task_vectors, bundle.owner, nonsense)
         self._device = torch.device(device)
         self._decoder = bundle.decoder.to(self._device)
 
     def synthesize(
         self, recipe: AdapterRecipe, images: Sequence["Image"] | None = None
     ) -> SynthesizedAdapter:
-        """Generates the recipe's adapter; blocking.
+        """Generates one recipe's adapter; blocking.
 
         Args:
             recipe: what to generate.
@@ -279,21 +309,69 @@ class Synthesizer:
             InvalidInputError: the recipe is another bundle's, or the bundle takes no images.
             InvalidAdapterError: the result is not finite in float16.
         """
-        if recipe.bundle_digest != self.bundle.digest:
-            raise InvalidInputError("the recipe belongs to another bundle")
+        (result,) = self.synthesize_batch([(recipe, images)])
+        if isinstance(result, IcmLoraError):
+            raise result
+        return result
+
+    def synthesize_batch(
+        self, orders: Sequence[SynthesisOrder]
+    ) -> list[SynthesizedAdapter | IcmLoraError]:
+        """Generates the adapters of several recipes in one decoder forward; blocking.
+
+        Each is, byte for byte, what it is alone (`row_decoding`). For the same reason each
+        description is encoded by itself: the encoder is transformers' and gains little from
+        batches on a CPU, so nothing is risked there.
+
+        Args:
+            orders: recipes, each with its example images where it was built from some.
+
+        Returns:
+            For each order its adapter, or the error that its caller should see (as
+            `synthesize` raises); one that fails takes nothing from the others.
+        """
+        results: list[SynthesizedAdapter | IcmLoraError | None] = [None] * len(orders)
+        task_vectors: dict[int, Tensor] = {}
+        encode_seconds: dict[int, float] = {}
+        for index, (recipe, images) in enumerate(orders):
+            started = time.perf_counter()
+            try:
+                task_vectors[index] = self._encode(recipe, images)
+            except IcmLoraError as error:
+                results[index] = error
+            encode_seconds[index] = time.perf_counter() - started
         started = time.perf_counter()
-        task_vector = self._encode(recipe, images)
-        encoded = time.perf_counter()
-        vector = self.decode(task_vector, recipe)
-        decoded = time.perf_counter()
+        recipes = [orders[index][0] for index in task_vectors]
+        decoded = self._decode_rows(list(task_vectors.values()), recipes)
+        decode_seconds = time.perf_counter() - started
+        for (index, task_vector), recipe, vector in zip(
+            task_vectors.items(), recipes, decoded, strict=True
+        ):
+            seconds = {"encode": encode_seconds[index], "decode": decode_seconds}
+            results[index] = self._finish(recipe, task_vector, vector, seconds)
+        return [result for result in results if result is not None]
+
+    def _finish(
+        self,
+        recipe: AdapterRecipe,
+        task_vector: Tensor,
+        vector: Tensor,
+        seconds: Mapping[str, float],
+    ) -> SynthesizedAdapter | IcmLoraError:
+        if not torch.isfinite(vector).all():
+            return InvalidAdapterError("the generated adapter is not finite: lower the strength")
         nearest = self._rank_tasks(task_vector)
-        return SynthesizedAdapter(
-            recipe=recipe,
-            vector=vector,
-            nearest=nearest,
-            in_distribution=self._score(nearest[0].similarity),
-            seconds={"encode": encoded - started, "decode": decoded - encoded},
-        )
+        score = self._novelty.score(task_vector, nearest[0].similarity)
+        return SynthesizedAdapter(recipe, vector, nearest, score, seconds)
+
+    def score(self, task: str) -> float:
+        """The in-distribution score of a description, 0 to 1.
+
+        Raises:
+            InvalidInputError: an empty or over-long description.
+        """
+        task_vector = self.encoder.encode([normalize_description(task)])[0]
+        return self._novelty.score(task_vector, self._rank_tasks(task_vector)[0].similarity)
 
     def similarity(self, task: str) -> float:
         """Cosine of a description to the nearest training wording, -1 to 1.
@@ -303,7 +381,14 @@ class Synthesizer:
         """
         return self._rank_tasks(self.encoder.encode([normalize_description(task)])[0])[0].similarity
 
+    def describe_task(self, name: str) -> str:
+        """A training task in words, normalised: the first of its training wordings."""
+        task = next(task for task in self.bundle.tasks if task.name == name)
+        return normalize_description(task.descriptions[0])
+
     def _encode(self, recipe: AdapterRecipe, images: Sequence["Image"] | None) -> Tensor:
+        if recipe.bundle_digest != self.bundle.digest:
+            raise InvalidInputError("the recipe belongs to another bundle")
         if not recipe.examples:
             return self.encoder.encode([recipe.task])[0]
         if self.image_encoder is None:
@@ -313,21 +398,34 @@ class Synthesizer:
         assert images, "a recipe of example images came without them"
         return self.image_encoder.encode_examples(images)
 
-    def decode(
-        self, task_vector: Float[Tensor, " dim"], recipe: AdapterRecipe
-    ) -> Float[Tensor, " num_params"]:
-        """Adapter vector for a task vector (paper Eq. 9): sample z, decode, denormalise, scale."""
-        z = torch.zeros(1, self.bundle.generator.latent_dim)
-        if recipe.mode is GenerationMode.SAMPLE:
-            generator = torch.Generator().manual_seed(recipe.seed)
-            z = torch.randn(z.shape, generator=generator) * recipe.temperature
+    def decode(self, task_vector: Float[Tensor, " dim"]) -> Float[Tensor, " num_params"]:
+        """The adapter of a task vector: of the mode of z, and strength 1."""
+        recipe = AdapterRecipe.build(task="-", bundle_digest=self.bundle.digest)
+        return self._decode_rows([task_vector], [recipe])[0]
+
+    def _decode_rows(
+        self, task_vectors: Sequence[Tensor], recipes: Sequence[AdapterRecipe]
+    ) -> list[Tensor]:
+        """Adapter vectors (paper Eq. 9): sample z, decode, denormalise, scale."""
+        if not recipes:
+            return []
+        z = torch.stack([self._draw_z(recipe) for recipe in recipes]).to(self._device)
+        condition = torch.stack(list(task_vectors)).to(self._device)
         with torch.inference_mode():
-            normalized = self._decoder(z.to(self._device), task_vector[None].to(self._device))
-            vector = self.bundle.normalizer.denormalize(normalized[0].float().cpu())
-        vector = self._scale(vector, recipe.strength).to(VECTOR_DTYPE)
-        if not torch.isfinite(vector).all():
-            raise InvalidAdapterError("the generated adapter is not finite: lower the strength")
-        return vector
+            normalized = decode_rows(self._decoder, z, condition).float().cpu()
+            vectors = self.bundle.normalizer.denormalize(normalized)
+        # A copy each: a view would keep the whole batch in memory for as long as one lives.
+        return [
+            self._scale(vector, recipe.strength).to(VECTOR_DTYPE, copy=True)
+            for vector, recipe in zip(vectors, recipes, strict=True)
+        ]
+
+    def _draw_z(self, recipe: AdapterRecipe) -> Tensor:
+        size = self.bundle.generator.latent_dim
+        if recipe.mode is not GenerationMode.SAMPLE:
+            return torch.zeros(size)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return torch.randn(1, size, generator=generator)[0] * recipe.temperature
 
     def _scale(self, vector: Tensor, strength: float) -> Tensor:
         """Scales the update `delta W` by `strength`: all trained factors but `lora_A`."""
@@ -345,10 +443,6 @@ class Synthesizer:
         best = best.scatter_reduce(0, self.bundle.owner, similarity, "amax")
         order = best.argsort(descending=True).tolist()
         return tuple(NearestTask(self.bundle.tasks[i].name, float(best[i])) for i in order)
-
-    def _score(self, similarity: float) -> float:
-        quantiles = self.bundle.similarity_quantiles
-        return float((quantiles <= similarity).float().mean())
 
 
 def load_synthesizer(folder: Path, device: str = "cpu") -> Synthesizer:

@@ -13,46 +13,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 from service.demo import find_free_port, post_json, running_service
 from tests.bench.decode import measure_decode
 from tests.bench.detection import measure_detection
-from training.checkpoint import write_text
-from training.evaluation.report import describe_hardware
-from training.pipeline import describe_commit
+from tests.bench.measurement import Measurement, conclude, quantile
+from tests.bench.servers import ANY_WORDS
 
 COLD_REQUESTS = 120
 CACHED_REQUESTS = 200
 TOPICS = ("soup", "sonnets", "sorting", "senators", "sails", "saffron", "satire", "science")
 VERBS = ("Write about", "Continue a text on", "Explain", "Compose lines on", "Report on")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number with its target."""
-
-    name: str
-    value: float
-    unit: str
-    target: float
-    at_most: bool
-
-    @property
-    def met(self) -> bool:
-        """Whether the value is on the right side of the target."""
-        return self.value <= self.target if self.at_most else self.value >= self.target
-
-    def render(self) -> str:
-        """One line."""
-        sign = "<=" if self.at_most else ">="
-        verdict = "ok" if self.met else "MISSED"
-        return (
-            f"{self.name:<52} {self.value:>9.3f} {self.unit:<3} {sign} {self.target:g}  {verdict}"
-        )
 
 
 def main() -> int:
@@ -61,23 +34,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     rows = [*measure_latencies(), *_measure_engine(), *_measure_detection()]
-    print("\n".join(row.render() for row in rows))
-    if arguments.out:
-        document = {
-            "commit": describe_commit(),
-            "hardware": describe_hardware(),
-            "measurements": [{**asdict(row), "met": row.met} for row in rows],
-        }
-        write_text(arguments.out, json.dumps(document, indent=1) + "\n")
-    missed = sum(not row.met for row in rows)
-    print(f"{len(rows) - missed} of {len(rows)} targets met")
-    return 1 if missed else 0
+    return conclude(
+        rows,
+        arguments.out,
+        title="Words to adapter, mixed batches",
+        setup={"cold_requests": COLD_REQUESTS, "cached_requests": CACHED_REQUESTS},
+    )
 
 
 def measure_latencies() -> list[Measurement]:
     """Words to a resident adapter: generated, from the process's cache, from Redis."""
     with _redis_server() as redis_url:
-        environment = {"ICM_LORA_REDIS_URL": redis_url}
+        environment = {**ANY_WORDS, "ICM_LORA_REDIS_URL": redis_url}
         with running_service(environment) as first, running_service(environment) as second:
             _generate(first, "warm up the encoder and the decoder")
             _generate(second, "warm up the encoder and the decoder of the other")
@@ -90,10 +58,10 @@ def measure_latencies() -> list[Measurement]:
             stages = _stage_medians(first, tasks)
     print("stage medians of a cold generation, ms: " + json.dumps(stages))
     return [
-        Measurement("description -> slot, cold, p50", _quantile(cold, 50), "ms", 150, True),
-        Measurement("description -> slot, cold, p99", _quantile(cold, 99), "ms", 400, True),
-        Measurement("description -> slot, in process, p50", _quantile(cached, 50), "ms", 5, True),
-        Measurement("description -> slot, Redis, p50", _quantile(redis, 50), "ms", 10, True),
+        Measurement("description -> slot, cold, p50", quantile(cold, 50), "ms", 150, True),
+        Measurement("description -> slot, cold, p99", quantile(cold, 99), "ms", 400, True),
+        Measurement("description -> slot, in process, p50", quantile(cached, 50), "ms", 5, True),
+        Measurement("description -> slot, Redis, p50", quantile(redis, 50), "ms", 10, True),
     ]
 
 
@@ -132,11 +100,7 @@ def _stage_medians(url: str, tasks: list[str]) -> dict[str, float]:
     body: dict[str, Any] = {"cache": "bypass", "modality": "text"}
     answers = [post_json(url, "/generate-lora", {**body, "task": task}) for task in tasks[:20]]
     names = answers[0]["milliseconds"]
-    return {n: round(_quantile([a["milliseconds"][n] for a in answers], 50), 2) for n in names}
-
-
-def _quantile(values: list[float], percent: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
+    return {n: round(quantile([a["milliseconds"][n] for a in answers], 50), 2) for n in names}
 
 
 @contextlib.contextmanager

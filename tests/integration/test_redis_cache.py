@@ -13,8 +13,15 @@ from redis import Redis
 
 from service.adapters.cache import AdapterCache, ProcessCache
 from service.adapters.provider import AdapterProvider
-from service.adapters.redis_cache import KEY_PREFIX, MAX_CONNECTIONS, RedisCache
-from service.errors import AdapterNotFoundError, InvalidInputError, NotCachedError
+from service.adapters.record import AdapterRecord
+from service.adapters.redis_cache import KEY_PREFIX, LOCK_PREFIX, MAX_CONNECTIONS, RedisCache
+from service.adapters.redis_values import ValueSeal
+from service.errors import (
+    AdapterNotFoundError,
+    InvalidAdapterError,
+    InvalidInputError,
+    NotCachedError,
+)
 from tests.fixtures.adapter_records import LAYOUT, HeldSynthesizer, make_recipe, make_record
 from tests.fixtures.redis_server import RedisServer
 
@@ -40,6 +47,8 @@ class Events:
     def __init__(self) -> None:
         self.lookups: list[tuple[str, str]] = []
         self.states: list[bool] = []
+        self.breaker: list[str] = []
+        self.rejected: list[str] = []
 
     def on_lookup(self, tier: str, result: str) -> None:
         self.lookups.append((tier, result))
@@ -53,6 +62,7 @@ def run_with_cache(
     scenario: Callable[[RedisCache, Events], Awaitable[None]],
     *,
     timeout_seconds: float = 10.0,
+    secret: bytes = b"",
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Runs a scenario on a loop of its own; the default timeout leaves room on a busy machine."""
@@ -64,7 +74,10 @@ def run_with_cache(
             LAYOUT,
             timeout_seconds=timeout_seconds,
             retry_seconds=RETRY_SECONDS,
+            secret=secret,
             on_state=events.on_redis_state,
+            on_breaker=events.breaker.append,
+            on_rejected=events.rejected.append,
             clock=clock,
         )
         try:
@@ -106,7 +119,8 @@ def test_record_comes_back_with_its_remaining_lifetime(
 
         assert answer.result == "hit"
         assert answer.record is not None
-        assert answer.record.to_bytes() == RECORD.to_bytes() == inspector.get(KEY)
+        assert answer.record.to_bytes() == RECORD.to_bytes()
+        assert inspector.get(KEY) == ValueSeal().seal(RECORD.adapter_id, RECORD.to_bytes())
         assert 50 < answer.ttl_seconds <= 60
         assert events.states == [True]
 
@@ -126,21 +140,107 @@ def test_records_expire(redis_server: RedisServer, inspector: Redis) -> None:
     run_with_cache(redis_server.url, scenario)
 
 
+SECRET = b"a secret of all replicas"
+SIGNED = ValueSeal(SECRET).seal(RECORD.adapter_id, RECORD.to_bytes())
+PLAIN = ValueSeal().seal(RECORD.adapter_id, RECORD.to_bytes())
+OTHER = make_record(1)
+FOREIGN = ValueSeal(b"another secret")
+
+
+def flip(value: bytes, index: int) -> bytes:
+    """The value with one bit turned."""
+    index %= len(value)
+    return value[:index] + bytes([value[index] ^ 1]) + value[index + 1 :]
+
+
 @pytest.mark.parametrize(
-    "content",
-    [b"\x00garbage", RECORD.to_bytes()[:-2], make_record(1).to_bytes()],
-    ids=["garbage", "truncated", "another adapter's"],
+    ("secret", "value", "reason"),
+    [
+        (SECRET, b"garbage", "truncated"),
+        (SECRET, b"\x00" * 500, "version"),
+        (SECRET, RECORD.to_bytes(), "version"),
+        (SECRET, SIGNED[:-2], "truncated"),
+        (SECRET, SIGNED + b"more", "truncated"),
+        (SECRET, flip(SIGNED, 4), "version"),
+        (SECRET, flip(SIGNED, -1), "forged"),
+        (SECRET, flip(SIGNED, 50), "forged"),
+        (SECRET, PLAIN, "forged"),
+        (SECRET, FOREIGN.seal(RECORD.adapter_id, RECORD.to_bytes()), "forged"),
+        (SECRET, ValueSeal(SECRET).seal(OTHER.adapter_id, OTHER.to_bytes()), "wrong_key"),
+        (SECRET, ValueSeal(SECRET).seal(RECORD.adapter_id, OTHER.to_bytes()), "wrong_key"),
+        (SECRET, ValueSeal(SECRET).seal(RECORD.adapter_id, b"no record"), "invalid"),
+        (b"", b"", "truncated"),
+        (b"", flip(PLAIN, -1), "corrupt"),
+        (b"", SIGNED, "unverifiable"),
+        (b"", ValueSeal().seal(OTHER.adapter_id, OTHER.to_bytes()), "wrong_key"),
+    ],
 )
-def test_corrupt_values_are_deleted(
-    content: bytes, redis_server: RedisServer, inspector: Redis
+def test_values_not_to_be_trusted_are_deleted_and_counted(
+    secret: bytes, value: bytes, reason: str, redis_server: RedisServer, inspector: Redis
 ) -> None:
-    inspector.set(KEY, content)
+    inspector.set(KEY, value)
 
     async def scenario(cache: RedisCache, events: Events) -> None:
         answer = await cache.get(RECORD.adapter_id)
         assert (answer.result, answer.asked, answer.record) == ("error", True, None)
         assert not inspector.exists(KEY)
         assert not cache.is_down
+        assert events.rejected == [reason]
+
+    run_with_cache(redis_server.url, scenario, secret=secret)
+
+
+def test_signed_values_come_back(redis_server: RedisServer, inspector: Redis) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        await cache.put(RECORD, ttl_seconds=60)
+        answer = await cache.get(RECORD.adapter_id)
+        assert answer.record is not None
+        assert answer.record.to_bytes() == RECORD.to_bytes()
+        assert inspector.get(KEY) == SIGNED
+        assert not events.rejected
+
+    run_with_cache(redis_server.url, scenario, secret=SECRET)
+
+
+# ---------------------------------------------------------------- locks
+
+
+def test_a_lock_is_one_process_s_until_released(
+    redis_server: RedisServer, inspector: Redis
+) -> None:
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        adapter_id = RECORD.adapter_id
+        first = await cache.claim(adapter_id)
+        assert first.answer.result == "miss"
+        assert first.token is not None
+        assert (await cache.claim(adapter_id)).token is None
+        assert 0 < inspector.pttl(LOCK_PREFIX + adapter_id) <= 2000
+
+        await cache.release(adapter_id, "somebody else's")
+        assert (await cache.claim(adapter_id)).token is None
+        await cache.release(adapter_id, first.token)
+        again = await cache.claim(adapter_id)
+        assert again.token is not None
+
+        await cache.put(RECORD, ttl_seconds=60)
+        assert (await cache.claim(adapter_id)).answer.record is not None
+        await cache.release(adapter_id, again.token)
+        found = await cache.claim(adapter_id)
+        assert found.answer.record is not None
+        assert found.token is None
+        assert not inspector.exists(LOCK_PREFIX + adapter_id), "not kept where nobody needs it"
+
+    run_with_cache(redis_server.url, scenario)
+
+
+def test_locks_without_a_server(redis_server: RedisServer) -> None:
+    redis_server.stop()
+
+    async def scenario(cache: RedisCache, events: Events) -> None:
+        claim = await cache.claim(RECORD.adapter_id)
+        assert (claim.answer.asked, claim.token) == (False, None)
+        await cache.release(RECORD.adapter_id, "token")
+        assert cache.breaker_state == "open"
 
     run_with_cache(redis_server.url, scenario)
 
@@ -197,6 +297,7 @@ def test_a_frozen_server_costs_one_timeout_then_nothing(redis_server: RedisServe
         clock.now += RETRY_SECONDS
         await wait_until_up(cache)
         assert events.states == [True, False, True]
+        assert events.breaker == ["open", "half_open", "open", "half_open", "closed"]
 
     run_with_cache(redis_server.url, scenario, timeout_seconds=timeout_seconds, clock=clock)
 
@@ -412,3 +513,31 @@ def test_no_request_fails_while_redis_comes_and_goes(
             running = False
 
     run_replicas(redis_server.url, scenario, timeout_seconds=1.0)
+
+
+def test_a_record_that_may_not_serve_is_deleted_counted_and_generated_again(
+    redis_server: RedisServer, inspector: Redis
+) -> None:
+    inspector.set(KEY, PLAIN)
+    checked: list[str] = []
+
+    def check(record: AdapterRecord) -> None:
+        checked.append(record.vector_sha256)
+        if len(checked) == 1:
+            raise InvalidAdapterError("too large", "spectral")
+
+    async def main() -> None:
+        events = Events()
+        redis = RedisCache(
+            redis_server.url, LAYOUT, timeout_seconds=10, on_rejected=events.rejected.append
+        )
+        cache = AdapterCache(ProcessCache(100_000), redis, events, check)
+        provider = AdapterProvider(HeldSynthesizer(), cache)
+        provided = await provider.provide(RECORD.recipe, ttl_seconds=60)
+        assert (provided.cache, provided.degraded) == ("miss", False)
+        assert events.rejected == ["invalid"]
+        assert len(checked) == 2
+        await provider.close()
+
+    asyncio.run(main())
+    assert inspector.get(KEY) == PLAIN

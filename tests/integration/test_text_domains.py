@@ -8,7 +8,8 @@ from training.tasks import TextTask, load_text_tasks
 from training.tasks.cache import default_cache_dir
 from training.tasks.documents import MAX_TEST_CHARS, MAX_TRAIN_CHARS
 from training.tasks.leakage import LEAKAGE_LIMIT, measure_leakage, normalize_whitespace
-from training.tasks.text_domains import DOMAINS, prepare_domains, prepared_path
+from training.tasks.prepared_texts import prepared_path
+from training.tasks.text_domains import DOMAINS, prepare_domains
 
 pytestmark = pytest.mark.network
 

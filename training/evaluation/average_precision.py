@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.inference.box_decoding import LocatedBox
-from training.evaluation.statistics import Interval
+from training.evaluation.statistics import Interval, Resampled, draw_units
 from training.tasks.detection_task import Annotation
 
 THRESHOLDS = (0.5, 0.75)
@@ -21,6 +21,9 @@ PIXELS = 1000.0
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall levels at which COCO samples precision."""
+
+RESAMPLES = 500
+"""Bootstrap draws: each is an AP."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,10 @@ def score_scenes(
 
 
 def bootstrap_ap(
-    matches: Matches, *, seed: int = 0, resamples: int = 500, confidence: float = 0.95
+    matches: Matches, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = 0.95
 ) -> Interval:
-    """AP with a percentile interval from resampled instances.
-
-    Scenes repeat few instances many times, so it is instances that are drawn with replacement:
-    an object, and the detection that found it, count as often as their instance was drawn.
-    """
-    draws = resample_instances(len(matches.instances), seed, resamples)
-    values = [weighted_ap(matches, weights) for weights in draws]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    point = weighted_ap(matches, np.ones(len(matches.instances)))
-    return Interval(point, float(low), float(high))
+    """AP with a percentile interval from resampled instances."""
+    return resample_ap(matches, seed=seed, resamples=resamples).interval(confidence)
 
 
 def bootstrap_difference(
@@ -101,23 +95,25 @@ def bootstrap_difference(
     second: Matches,
     *,
     seed: int = 0,
-    resamples: int = 500,
+    resamples: int = RESAMPLES,
     confidence: float = 0.95,
 ) -> Interval:
     """Difference of two methods' AP on the same scenes: paired draws of instances."""
     assert first.instances == second.instances, "the methods saw different objects"
-    draws = resample_instances(len(first.instances), seed, resamples)
-    values = [weighted_ap(first, w) - weighted_ap(second, w) for w in draws]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    ones = np.ones(len(first.instances))
-    return Interval(weighted_ap(first, ones) - weighted_ap(second, ones), float(low), float(high))
+    ours = resample_ap(first, seed=seed, resamples=resamples)
+    theirs = resample_ap(second, seed=seed, resamples=resamples)
+    return (ours - theirs).interval(confidence)
 
 
-def resample_instances(count: int, seed: int, resamples: int) -> npt.NDArray[np.float64]:
-    """How often each instance was drawn, one row a resample."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+def resample_ap(matches: Matches, *, seed: int = 0, resamples: int = RESAMPLES) -> Resampled:
+    """AP of all instances and of draws of them.
+
+    Scenes repeat few instances many times, so it is instances that are drawn with replacement:
+    an object, and the detection that found it, count as often as their instance was drawn.
+    """
+    draws = draw_units(len(matches.instances), seed, resamples)
+    values = np.array([weighted_ap(matches, weights) for weights in draws])
+    return Resampled(weighted_ap(matches, np.ones(len(matches.instances))), values)
 
 
 def weighted_ap(matches: Matches, weights: npt.NDArray[np.float64]) -> float:

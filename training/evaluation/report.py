@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from service.synthesis.bundle import Bundle
+from service.synthesis.packed_weight import has_bfloat16_products
 from training.checkpoint import write_text
 from training.evaluation.text import METHODS, TaskResult, to_json
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Processor, cores and versions that a result depends on."""
+    """Processor, its instructions, cores and versions that a result depends on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -25,6 +26,8 @@ def describe_hardware() -> dict[str, Any]:
     return {
         "processor": model,
         "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_products": has_bfloat16_products(),
         "accelerator": accelerator,
         "python": platform.python_version(),
         "torch": torch.__version__,

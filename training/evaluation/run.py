@@ -1,16 +1,25 @@
 """Evaluation of a bundle: loads what its suite needs, measures, prints, writes the report."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from service.errors import InvalidInputError
 from service.inference.base_model import BaseModel, load_base_model
 from service.synthesis.synthesizer import Synthesizer
-from training.checkpoint import read_tensors
+from training.baselines import build_baseline
+from training.checkpoint import read_tensors, write_text
 from training.detection_examples import encode_scenes
 from training.evaluation import detection, detection_report, report, text
 from training.evaluation.pictures import draw_comparison
+from training.evaluation.unseen import Method, UnseenEvaluation, UnseenSettings
+from training.evaluation.unseen_shares import render_shares, summarize_unseen
+from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
 from training.recipe import Recipe
+from training.run_dir import RunDir
 from training.tasks.cache import default_cache_dir
 from training.tasks.composites import read_categories
 from training.tasks.detection import load_detection_data
@@ -119,3 +128,74 @@ def _load_base(synthesizer: Synthesizer, recipe: Recipe) -> BaseModel:
         cache_dir=default_cache_dir(),
         bundle_folder=bundle.folder,
     )
+
+
+METHODS_OF_WEIGHTS = (
+    "soup",
+    "nearest",
+    "top_k",
+    "gaussian",
+    "pca_ridge",
+    "hypernet",
+    "cond_p_diff",
+)
+"""Baselines that need adapters and task vectors alone, with their default options."""
+
+PRESETS = ("paper", "token", "in_context")
+
+
+def evaluate_unseen(
+    run: RunDir, names: Sequence[str], settings: UnseenSettings, out: Path | None
+) -> None:
+    """Scores text tasks as unseen ones, prints and writes the shares of the headroom.
+
+    Args:
+        run: whose adapters are all there.
+        names: methods; the first is judged against the others.
+        settings: what is scored.
+        out: folder for `unseen.json` and `unseen.md`.
+
+    Raises:
+        InvalidInputError: an unknown method.
+    """
+    methods = {name: build_method(name, run.recipe) for name in names}
+    job = UnseenEvaluation(Pipeline(run), methods, settings)
+    with show_progress("unseen", job.num_scores) as show:
+        scores = job.score(show)
+    tasks = job.training_tasks
+    families = dict(zip(tasks.names, tasks.families, strict=True))
+    results = summarize_unseen(scores, families, names, settings, run.recipe.finetune.seeds)
+    table = render_shares(results)
+    print(table)
+    if out is not None:
+        body = {
+            "settings": asdict(settings),
+            "recipe": run.recipe.to_json(),
+            "recipe_digest": run.recipe.digest,
+            "commit": describe_commit(),
+            "methods": {name: dict(method.options) for name, method in methods.items()},
+            "results": [asdict(result) for result in results],
+        }
+        write_text(out / "unseen.json", json.dumps(body, indent=1) + "\n")
+        write_text(out / "unseen.md", table + "\n")
+
+
+def build_method(name: str, recipe: Recipe) -> Method:
+    """A method of the evaluation of unseen tasks; presets train as the recipe says.
+
+    Raises:
+        InvalidInputError: an unknown name.
+    """
+    if name in METHODS_OF_WEIGHTS:
+        return Method(partial(build_baseline, name))
+    if name not in PRESETS:
+        known = ", ".join((*METHODS_OF_WEIGHTS, *PRESETS))
+        raise InvalidInputError(f"unknown method {name!r}; known: {known}")
+    body = recipe.to_json()
+    body["generator"]["preset"] = name
+    body.pop("functional", None)
+    context = body.pop("context", {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1})
+    if name == "in_context":
+        body["context"] = context
+    options = {part: body.get(part) for part in ("seed", "generator", "context")}
+    return Method(partial(build_baseline, name, recipe=Recipe.model_validate(body)), options)

@@ -131,13 +131,18 @@ def sum_window_nll(
     attachment: Attachment,
     vector: Float[Tensor, " num_params"] | None,
     windows: Int[Tensor, "windows window_tokens"],
+    prefix: Int[Tensor, " prefix_tokens"] | None = None,
 ) -> Float[Tensor, " windows"]:
-    """Summed NLL in nats of each window under one adapter, or under the base for None."""
+    """Summed NLL in nats of each window under one adapter, or under the base for None.
+
+    A prefix stands before every window and is not scored.
+    """
     rows = None if vector is None else vector[None].to(base.device, base.dtype)
     attachment.rows.vectors = rows
     with torch.inference_mode():
         parts = [
-            measure_nll(base, batch).sum(1).cpu() for batch in torch.split(windows, BATCH_WINDOWS)
+            measure_nll(base, batch, prefix).sum(1).cpu()
+            for batch in torch.split(windows, BATCH_WINDOWS)
         ]
     attachment.rows.vectors = None
     return torch.cat(parts).double()

@@ -11,6 +11,7 @@ MAX_PASSAGE_CHARS = 8_000
 MIN_PASSAGE_CHARS = 200
 MAX_TRAIN_CHARS = 3_000_000
 MAX_TEST_CHARS = 400_000
+MAX_QUOTED_SHARE = 0.1  # of a held-out passage's windows that may stand in the training text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ def hold_out_units(*units: str) -> Callable[[str], bool]:
     return frozenset(units).__contains__
 
 
-def split_documents(documents: Iterable[Document], is_held_out: Callable[[str], bool]) -> Split:
+def split_documents(
+    documents: Iterable[Document],
+    is_held_out: Callable[[str], bool],
+    max_quoted_share: float = MAX_QUOTED_SHARE,
+) -> Split:
     """Split by unit, cut into passages, drop copies and cap both sides.
 
     A passage that occurs twice is kept once, on the held-out side where it is on both. Whatever
@@ -69,11 +74,11 @@ def split_documents(documents: Iterable[Document], is_held_out: Callable[[str], 
             side.setdefault(normalize_whitespace(passage), passage)
     test = _cap(sides[True], MAX_TEST_CHARS)
     train = _cap({k: v for k, v in sides[False].items() if k not in sides[True]}, MAX_TRAIN_CHARS)
-    kept = drop_quoting(test, train)
+    kept = drop_quoting(test, train, max_quoted_share)
     return Split(train=tuple(train), test=tuple(kept), num_quoting=len(test) - len(kept))
 
 
-def drop_quoting(test: list[str], train: list[str], share: float = 0.1) -> list[str]:
+def drop_quoting(test: list[str], train: list[str], share: float = MAX_QUOTED_SHARE) -> list[str]:
     """Drop the held-out passages of which more than `share` stands verbatim in training."""
     found = find_leaks(train, {window for passage in test for window in cut_windows(passage)})
     kept = []

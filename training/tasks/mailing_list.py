@@ -4,7 +4,7 @@ import email
 import email.policy
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training.tasks.documents import Document
@@ -41,10 +41,25 @@ PGP_START = re.compile(r"^-----BEGIN PGP SIGNED MESSAGE-----\n(?:Hash:[^\n]*\n)?
 
 def read_linux_lists(root: Path) -> Iterator[Document]:
     """Read help lists of Linux and Unix users, one document a message, one unit a thread."""
+    yield from _read_messages(root, ("easy-ham-1", "easy-ham-2"), LINUX_LISTS)
+
+
+def read_fork_list(root: Path) -> Iterator[Document]:
+    """Read a list of friends who talk about news, politics and technology; units as above."""
+    yield from _read_messages(root, ("easy-ham-1", "easy-ham-2"), ("fork@",))
+
+
+def read_spam(root: Path) -> Iterator[Document]:
+    """Read unsolicited advertising mail, one document a message, one unit a subject."""
+    yield from _read_messages(root, ("spam-1", "spam-2"), ("",))
+
+
+def _read_messages(root: Path, folders: Sequence[str], lists: Sequence[str]) -> Iterator[Document]:
+    """Read the messages of some folders and lists, without the long lines that many have."""
     messages = []
-    for folder in ("easy-ham-1", "easy-ham-2"):
+    for folder in folders:
         for path in sorted(root.glob(f"*/package/data/{folder}/*.txt")):
-            message = read_message(path.read_bytes())
+            message = read_message(path.read_bytes(), lists)
             if message is not None:
                 messages.append(message)
     lines = Counter(line for _, body in messages for line in set(_long_lines(body)))
@@ -54,13 +69,18 @@ def read_linux_lists(root: Path) -> Iterator[Document]:
         yield Document(unit=subject.lower(), text=f"Subject: {subject}\n\n{kept.strip()}")
 
 
-def read_message(raw: bytes) -> tuple[str, str] | None:
-    """Return (thread subject, the author's own words), or None where it is not one of the lists."""
+def read_message(raw: bytes, lists: Sequence[str] = LINUX_LISTS) -> tuple[str, str] | None:
+    """Return (thread subject, the author's own words), or None where it is not one of the lists.
+
+    Args:
+        raw: the message with its headers.
+        lists: parts of addresses, one of which must be among the recipients' in lower case.
+    """
     message = email.message_from_bytes(
         re.sub(rb"\A(?:From [^\n]*|\s*)\n", b"", raw), policy=email.policy.compat32
     )
     to = " ".join(str(message.get(name, "")) for name in ("List-Post", "X-Beenthere", "To", "Cc"))
-    if not any(name in to.lower() for name in LINUX_LISTS):
+    if not any(name in to.lower() for name in lists):
         return None
     body = _decode_body(message)
     subject = str(message.get("Subject", ""))

@@ -1,6 +1,7 @@
 """The sources that text tasks can come from.
 
     "domains"      the twelve real domains, fetched and prepared on first use
+    "families"     56 tasks in 15 families, fetched and prepared on first use
     "smoke"        four small tasks made from the running interpreter, without any network
     "folder:PATH"  a folder of text files: one sub-folder a task
     "jsonl:PATH"   a file of rows {"task", "split", "text"} and a `tasks.toml` beside it
@@ -15,13 +16,14 @@ from pathlib import Path
 from service.errors import InvalidRecipeError
 from training.tasks.smoke_texts import load_smoke_texts
 from training.tasks.text_domains import load_domains
+from training.tasks.text_families import load_families
 from training.tasks.text_files import load_folder, load_jsonl
 from training.tasks.text_hub import load_hub
 from training.tasks.text_task import TextTask
 
 __all__ = ["SOURCES", "TextTask", "load_text_tasks"]
 
-SOURCES = ("domains", "smoke", "folder:PATH", "jsonl:PATH", "hub:PATH")
+SOURCES = ("domains", "families", "smoke", "folder:PATH", "jsonl:PATH", "hub:PATH")
 
 
 def load_text_tasks(
@@ -49,6 +51,8 @@ def load_text_tasks(
     match kind, bool(place):
         case "domains", False:
             return load_domains(names, cache_dir, progress)
+        case "families", False:
+            return load_families(names, cache_dir, progress)
         case "smoke", False:
             return load_smoke_texts(names)
         case "folder", True:

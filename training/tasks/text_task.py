@@ -35,6 +35,7 @@ class TextTask:
         heldout_descriptions: wordings that it is never trained on; evaluation uses the first.
         train: training documents.
         test: held-out documents.
+        family: tasks that could be guessed from each other share it; "" where none is known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TextTask:
     heldout_descriptions: tuple[str, ...]
     train: tuple[str, ...]
     test: tuple[str, ...]
+    family: str = ""
 
     def __post_init__(self) -> None:
         """Check that nothing is missing and that the held-out wordings are indeed held out."""
@@ -57,9 +59,9 @@ class TextTask:
 
 
 def build_task(
-    name: str, wordings: Wordings, train: Iterable[str], test: Iterable[str]
+    name: str, wordings: Wordings, train: Iterable[str], test: Iterable[str], family: str = ""
 ) -> TextTask:
-    """Join a task's wordings with its documents.
+    """Join a task's wordings with its documents, and its family where one is known.
 
     Raises:
         InvalidTaskDataError: one of its fields is empty.
@@ -71,6 +73,7 @@ def build_task(
         heldout_descriptions=wordings.heldout_descriptions,
         train=tuple(train),
         test=tuple(test),
+        family=family,
     )
 
 

@@ -1,15 +1,15 @@
 """Completions and detections, by an adapter or (only when asked for by name) by the base model."""
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 
-from service.api.answers import build_receipt, to_milliseconds
+from service.api.answers import build_alias_use, build_receipt, to_milliseconds
+from service.api.auth import GuardedRoute, Principal, PrincipalDep, Scope, needs
 from service.api.bodies import InferBody, document_infer_body
 from service.api.dependencies import ResourcesDep
 from service.api.detection_answer import detect_objects
+from service.api.disconnects import run_until_disconnect
 from service.api.error_handlers import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -19,21 +19,25 @@ from service.api.openapi import document_problems
 from service.api.requests import InferRequest
 from service.api.resources import Resources
 from service.api.schemas import DetectionResponse, InferResponse, Usage
-from service.api.sources import find_source
+from service.api.sources import Selector, resolve_adapter
 from service.errors import (
+    AdapterMismatchError,
     AdapterNotFoundError,
+    AliasNotFoundError,
     DeadlineExceededError,
     InvalidAdapterError,
     InvalidImageError,
     InvalidInputError,
     NoFreeSlotError,
     NotReadyError,
+    OutOfDistributionError,
     QueueFullError,
+    QuotaExceededError,
     WrongModalityError,
 )
 from service.inference.completion import CompletionRequest
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=GuardedRoute)
 
 
 @router.post(
@@ -41,48 +45,48 @@ router = APIRouter(tags=["inference"])
     responses=document_problems(
         MalformedRequestError,
         AdapterNotFoundError,
+        AliasNotFoundError,
         BodyTooLargeError,
         InvalidRequestError,
         InvalidInputError,
         InvalidImageError,
         WrongModalityError,
         InvalidAdapterError,
+        OutOfDistributionError,
         QueueFullError,
+        QuotaExceededError,
         NoFreeSlotError,
         NotReadyError,
         DeadlineExceededError,
+        AdapterMismatchError,
     ),
     openapi_extra=document_infer_body(),
 )
+@needs(Scope.INFER)
 async def infer(
-    resources: ResourcesDep, body: InferBody, request: Request
+    resources: ResourcesDep, principal: PrincipalDep, body: InferBody, request: Request
 ) -> InferResponse | DetectionResponse:
     """Completes a prompt, or finds objects in an image; a task's adapter is generated first.
 
     An unknown adapter is an error: the base model never answers in its place.
     """
-    answer = asyncio.create_task(_answer(body, resources))
-    gone = asyncio.create_task(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
-    finally:
-        answer.cancel()
-        gone.cancel()
+    return await run_until_disconnect(request, _answer(body, resources, principal))
 
 
-async def _answer(body: InferRequest, resources: Resources) -> InferResponse | DetectionResponse:
+async def _answer(
+    body: InferRequest, resources: Resources, principal: Principal
+) -> InferResponse | DetectionResponse:
     if body.image is None:
-        return await _complete_prompt(body, resources)
-    return await detect_objects(body, resources)
+        return await _complete_prompt(body, resources, principal)
+    return await detect_objects(body, resources, principal)
 
 
-async def _complete_prompt(body: InferRequest, resources: Resources) -> InferResponse:
+async def _complete_prompt(
+    body: InferRequest, resources: Resources, principal: Principal
+) -> InferResponse:
     started = time.perf_counter()
     service = resources.need_text()
-    source = await find_source(body, resources, service)
+    source = await resolve_adapter(Selector.from_request(body), resources, service, principal)
     record = source.record
     assert body.prompt is not None, "the schema asks for a prompt where there is no image"
     completion = await service.answer(
@@ -90,6 +94,8 @@ async def _complete_prompt(body: InferRequest, resources: Resources) -> InferRes
             prompt=body.prompt,
             adapter_id=None if record is None else record.adapter_id,
             vector=None if record is None else record.vector,
+            vector_sha256=None if record is None else record.vector_sha256,
+            tenant=principal.tenant,
             max_tokens=body.max_tokens,
             temperature=body.temperature,
             top_p=body.top_p,
@@ -105,16 +111,13 @@ async def _complete_prompt(body: InferRequest, resources: Resources) -> InferRes
             completion_tokens=completion.completion_tokens,
             total_tokens=completion.prompt_tokens + completion.completion_tokens,
         ),
-        receipt=build_receipt(record, service.bundle, completion.slot, completion.generation),
+        receipt=build_receipt(
+            record, service.bundle, completion.slot, completion.generation, source.decision
+        ),
+        alias=build_alias_use(source.alias),
         cache=source.cache,
         degraded=resources.list_degraded(source.provided),
         milliseconds=to_milliseconds(
             {**source.seconds, **completion.seconds}, time.perf_counter() - started
         ),
     )
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    """Returns once the client has gone; its place in the queue is then free for others."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

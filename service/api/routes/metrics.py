@@ -3,10 +3,12 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.api.auth import GuardedRoute, Scope, needs
 from service.api.dependencies import StateDep
+from service.api.metrics_server import render_metrics
 from service.api.openapi import document_problems
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=GuardedRoute)
 
 
 @router.get(
@@ -17,7 +19,10 @@ router = APIRouter(tags=["health"])
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
     },
 )
+@needs(Scope.ADMIN)
 async def read_metrics(request: Request, state: StateDep) -> Response:
-    """All metrics in Prometheus' text format, or OpenMetrics where asked for."""
-    body, content_type = state.metrics.render(request.headers.get("accept", ""))
-    return Response(body, headers={"Content-Type": content_type})
+    """All metrics in Prometheus' text format, or OpenMetrics where asked for.
+
+    Absent where metrics have a port of their own.
+    """
+    return render_metrics(request, state.metrics)

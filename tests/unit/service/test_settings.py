@@ -47,11 +47,11 @@ def test_environment_overrides_and_empty_values_count_as_unset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ICM_LORA_PORT", "9001")
-    monkeypatch.setenv("ICM_LORA_REDIS_URL", "redis://:secret@localhost:6379/0")
+    monkeypatch.setenv("ICM_LORA_REDIS_URL", "redis://:hunter2@localhost:6379/0")
     monkeypatch.setenv("ICM_LORA_BASE", "")
     settings = read_settings()
     assert (settings.port, settings.base) == (9001, None)
-    assert "secret" not in repr(settings)
+    assert "hunter2" not in repr(settings)
 
 
 def test_wrong_value_names_the_variable_but_not_the_value(monkeypatch: pytest.MonkeyPatch) -> None:

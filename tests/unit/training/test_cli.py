@@ -3,6 +3,9 @@ from pathlib import Path
 import pytest
 
 from training.cli import build_parser, main
+from training.tasks import text_families
+from training.tasks.documents import Document, hold_out_units
+from training.tasks.prepared_texts import Corpus
 
 
 def test_dry_run_prints_counts_without_a_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +46,18 @@ def test_wrong_usage_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
         build_parser().parse_args(["evaluate", "--suite", "nonsense"])
     assert exit_.value.code == 2
     assert "text" in capsys.readouterr().err
+
+
+def test_data_families_prepares_the_families_and_no_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"one": 9_000, "two": 3_000}
+    documents = [
+        Document(unit, " ".join(f"{unit}{number}" for number in range(size)))
+        for unit, size in sizes.items()
+    ]
+    corpus = Corpus((), lambda _root: iter(documents), hold_out_units("two"))
+    monkeypatch.setattr(text_families, "FAMILY_TEXTS", {"mail_spam": corpus})
+    monkeypatch.setenv("ICM_LORA_CACHE_DIR", str(tmp_path))
+    assert main(["data", "families"]) == 0
+    assert [path.name for path in (tmp_path / "text").glob("[!.]*")] == ["mail_spam.jsonl"]

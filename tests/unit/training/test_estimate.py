@@ -75,6 +75,15 @@ def test_the_embedded_detector_is_trained_first() -> None:
     assert "training of the base" in estimate.render(1e12, num_tasks=24)
 
 
+def test_every_fine_tuning_seed_is_counted() -> None:
+    recipe = make_recipe()
+    finetune = recipe.finetune.model_copy(update={"seeds": (0, 1, 2)})
+    thrice = recipe.model_copy(update={"finetune": finetune})
+    once = estimate_recipe(recipe, num_tasks=2).finetune_flops_per_task
+    assert len(recipe.finetune.seeds) == 1
+    assert estimate_recipe(thrice, num_tasks=2).finetune_flops_per_task == 3 * once
+
+
 def with_source(source: str, names: tuple[str, ...] | None = None) -> Recipe:
     detection = read_recipe("florence2-coco")
     tasks = detection.tasks.model_copy(update={"source": source, "names": names})
@@ -90,6 +99,7 @@ def with_source(source: str, names: tuple[str, ...] | None = None) -> Recipe:
         (with_source("coco:/data/coco", ("sofa", "cat", "car")), 3),
         (make_recipe(), 2),
         (read_recipe("text-embedded"), 12),
+        (read_recipe("text-families"), 56),
     ],
 )
 def test_tasks_are_counted_by_their_source(recipe: Recipe, count: int) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import training.generator
-from service.synthesis.cvae import ConditionalVAE, TokenDecoder
+from service.synthesis.cvae import ConditionalVAE
 from service.synthesis.normalizer import AdapterNormalizer
+from service.synthesis.token_networks import TokenDecoder
 from tests.fixtures.kernel import normal
 from tests.fixtures.tiny_training import (
     TINY_LAYOUT,
@@ -21,7 +22,7 @@ from tests.fixtures.tiny_training import (
 from training.generator import build_generator, train_generator
 from training.run_dir import RunDir
 
-PRESETS = pytest.mark.parametrize("preset", ["paper", "token"])
+PRESETS = pytest.mark.parametrize("preset", ["paper", "token", "in_context"])
 
 
 def train(root: Path, **generator: Any) -> ConditionalVAE:

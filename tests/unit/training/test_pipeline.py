@@ -19,12 +19,7 @@ from training.run_dir import RunDir
 
 @pytest.fixture(scope="module")
 def recipe(tiny_open_clip: TinyOpenClip) -> Recipe:
-    encoder = {
-        "kind": "open_clip_text",
-        "model": tiny_open_clip.model,
-        "pretrained": str(tiny_open_clip.weights),
-    }
-    return make_recipe(encoder=encoder, generator={"epochs": 20})
+    return make_recipe(encoder=tiny_open_clip.section, generator={"epochs": 20})
 
 
 @pytest.fixture(scope="module", autouse=True)

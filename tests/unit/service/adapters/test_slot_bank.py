@@ -15,12 +15,14 @@ from torch import Tensor
 
 from service.adapters.slot_bank import BASE_SLOT, SlotBank, SlotLease, SlotStats
 from service.errors import (
+    AdapterMismatchError,
     AdapterNotFoundError,
     InvalidAdapterError,
     InvalidInputError,
     NoFreeSlotError,
 )
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
+from service.synthesis.synthesizer import digest_vector
 from tests.fixtures.kernel import PROPERTY
 
 LAYOUT = AdapterLayout(AdapterKind.CORE, 4, 4.0, (AdaptedModule("only", 8, 8),))
@@ -147,6 +149,38 @@ def test_slot_evicted_under_a_lease_is_free_after_it() -> None:
     held.release()
     with bank.acquire("a", constant(3)) as lease:
         assert torch.equal(bank.gather([lease])[0], constant(3))
+
+
+def test_a_slot_with_other_values_is_evicted_and_loaded_again() -> None:
+    bank = make_bank()
+    digest = digest_vector(constant(3))
+    held, checked = bank.acquire("a", constant(3)), bank.acquire("a", None)
+    bank.check(checked, digest)
+    bank._vectors[checked.slot] += 1
+    with pytest.raises(AdapterMismatchError):
+        bank.check(checked, digest)
+    assert bank.stats() == SlotStats(total=2, resident=0, leased=1)
+    with bank.acquire("a", constant(3)) as again:
+        bank.check(again, digest)
+        with pytest.raises(AdapterMismatchError):
+            bank.check(held, digest)  # of the other slot: the new load stays
+        assert bank.stats().resident == 1
+    for lease in (held, checked):
+        lease.release()
+    load(bank, "b", "c")  # both slots are there again
+    assert bank.stats() == SlotStats(total=2, resident=2, leased=0)
+
+
+def test_a_load_that_fails_loses_no_slot() -> None:
+    bank = make_bank(num_slots=1)
+    vectors = bank._vectors
+    with torch.inference_mode():
+        bank._vectors = vectors.clone()  # cannot be written outside of that mode
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        bank.acquire("a", constant(1))
+    bank._vectors = vectors
+    with bank.acquire("a", constant(1)) as lease:
+        assert torch.equal(bank.gather([lease])[0], constant(1))
 
 
 @pytest.mark.parametrize(

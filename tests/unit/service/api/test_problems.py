@@ -15,6 +15,7 @@ from service.api.error_handlers import (
     PROBLEM_MEDIA_TYPE,
     add_error_handlers,
 )
+from service.api.error_table import list_errors
 from service.api.middleware import UNMATCHED_ROUTE, BodyLimit, RequestScope
 from service.api.openapi import build_openapi, document_problems
 from service.api.requests import RequestModel
@@ -40,13 +41,6 @@ class Body(RequestModel):
     ratio: float = 0.5
 
 
-def list_error_classes(root: type[IcmLoraError] = IcmLoraError) -> list[type[IcmLoraError]]:
-    return [
-        root,
-        *(found for child in root.__subclasses__() for found in list_error_classes(child)),
-    ]
-
-
 @pytest.fixture
 def metrics() -> ServiceMetrics:
     return ServiceMetrics(redis_configured=False)
@@ -55,7 +49,7 @@ def metrics() -> ServiceMetrics:
 @pytest.fixture
 def client(metrics: ServiceMetrics) -> Iterator[TestClient]:
     app = FastAPI(title="test", version="1", redirect_slashes=False)
-    errors = {error.__name__: error for error in list_error_classes()}
+    errors = {error.__name__: error for error in list_errors()}
 
     @app.post("/body", responses=document_problems(QueueFullError))
     async def read_body(body: Body) -> Body:
@@ -86,7 +80,7 @@ def count_requests(metrics: ServiceMetrics, route: str, method: str, status: int
     return metrics.registry.get_sample_value("icm_lora_http_requests_total", labels)
 
 
-@pytest.mark.parametrize("error", list_error_classes(), ids=lambda error: error.code)
+@pytest.mark.parametrize("error", list_errors(), ids=lambda error: error.code)
 def test_every_error_of_the_tree_is_a_problem(
     client: TestClient, error: type[IcmLoraError]
 ) -> None:
@@ -102,7 +96,7 @@ def test_every_error_of_the_tree_is_a_problem(
 
 
 def test_error_codes_are_unique() -> None:
-    codes = [error.code for error in list_error_classes()]
+    codes = [error.code for error in list_errors()]
     assert len(codes) == len(set(codes))
 
 

@@ -8,7 +8,7 @@ import torch
 from service.errors import InvalidAdapterError
 from service.inference.base_model import EMBEDDED_SMOLLM2, load_base_model
 from service.inference.completion import Completion, CompletionRequest, GrowingText
-from service.inference.decode_batch import DecodeBatch, DecodeRow
+from service.inference.decode_batch import DecodeRow
 from service.inference.text import Result, TextEngine
 from service.synthesis.bases import AdapterBases
 from service.synthesis.bundle import read_bundle
@@ -74,9 +74,8 @@ def test_base_rows_switch_the_adapters_off_as_soon_as_they_are_alone(kit: Engine
 
     requests = [kit.request("a", 1, max_tokens=3), kit.request("b", max_tokens=8)]
     kit.engine.complete(requests, is_abandoned=is_abandoned)
-    assert active[:2] == [False, False]  # before the first step
-    assert active[2:7] == [True] * 5
-    assert active[-4:] == [False] * 4
+    # before the first step; then both; the base alone once the next step has begun
+    assert active == [False] * 2 + [True] * 3 + [False] * 4
 
     active.clear()
     kit.engine.complete([kit.request("b", max_tokens=4)], is_abandoned=is_abandoned)
@@ -96,16 +95,19 @@ def test_a_row_out_of_range_fails_alone(kit: EngineKit) -> None:
     alone = get_texts(kit.complete(request))[0]
     tokenizer = kit.base.tokenizer
     ids = tokenizer(request.prompt)["input_ids"]
-    rows = [DecodeRow(request, ids, GrowingText(tokenizer, ids, ()), 1, 1) for _ in range(2)]
     assert request.vector is not None
-    vectors = torch.stack([torch.full_like(request.vector, float("nan")), request.vector]).float()
-    attachment = kit.engine._attachment
-    batch = DecodeBatch(kit.base.model, attachment, rows, vectors, kit.engine._eos_ids, pad_id=0)
+    rows = []
+    for vector in (torch.full_like(request.vector, float("nan")), request.vector):
+        lease = kit.engine.slots.acquire(request.adapter_id, request.vector)
+        rows.append(DecodeRow(request, ids, GrowingText(tokenizer, ids, ()), lease, vector))
+    batch = kit.engine._build_batch()
 
-    assert batch.step() == [rows[0]]
+    assert batch.prefill(rows) == [rows[0]]
     while batch.rows:
         batch.step()
-    attachment.rows.vectors = None
+    kit.engine.abort()
+    for row in rows:
+        row.lease.release()
 
     assert isinstance(rows[0].error, InvalidAdapterError)
     assert rows[1].text.text == alone

@@ -3,9 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 
 import pytest
 
@@ -17,9 +17,12 @@ from service.errors import (
     NotReadyError,
     QueueFullError,
 )
+from service.inference.completion import TextDelta
+from service.inference.load import LoadEstimate
 from service.inference.scheduler import Scheduler
 from service.inference.text import Completion, CompletionRequest
 from tests.fixtures.tiny_engine import (
+    LETTERS,
     EngineKit,
     build_engine,
     load_chained_base,
@@ -32,20 +35,38 @@ LONG = 480
 
 
 class Observed:
+    """What an observer is told; `batches` are the steps, equal ones in a row once."""
+
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []
         self.rejections: list[str] = []
         self.depths: list[int] = []
         self.tokens = 0
+        self.first_tokens = 0
+        self.disconnects = 0
+        self.running = 0
 
-    def on_batch(self, rows: int, distinct_adapters: int, /) -> None:
-        self.batches.append((rows, distinct_adapters))
+    def on_step(self, rows: int, distinct_adapters: int, /) -> None:
+        if self.batches[-1:] != [(rows, distinct_adapters)]:
+            self.batches.append((rows, distinct_adapters))
 
-    def on_queue(self, depth: int, /) -> None:
+    def on_queue(self, depth: int, work: int, /) -> None:
+        assert (depth == 0) == (work == 0)
         self.depths.append(depth)
 
-    def on_tokens(self, count: int, /) -> None:
-        self.tokens += count
+    def on_running(self, rows: int, /) -> None:
+        self.running = rows
+
+    def on_first_token(self, seconds: float, /) -> None:
+        assert seconds > 0
+        self.first_tokens += 1
+
+    def on_finish(self, seconds: float, tokens: int, /) -> None:
+        assert seconds > 0
+        self.tokens += tokens
+
+    def on_disconnect(self) -> None:
+        self.disconnects += 1
 
     def on_rejection(self, reason: str, /) -> None:
         self.rejections.append(reason)
@@ -54,6 +75,17 @@ class Observed:
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> EngineKit:
     return build_engine(load_chained_base(tmp_path_factory.mktemp("cache")))
+
+
+async def collect(
+    items: AsyncGenerator[TextDelta | Completion, None],
+) -> tuple[list[TextDelta], Completion]:
+    deltas: list[TextDelta] = []
+    async for item in items:
+        if isinstance(item, Completion):
+            return deltas, item
+        deltas.append(item)
+    raise AssertionError("a stream without an answer")
 
 
 @asynccontextmanager
@@ -85,7 +117,8 @@ def test_requests_that_wait_share_a_batch_whatever_their_adapters(kit: EngineKit
             requests = [kit.request("a", adapter, max_tokens=3) for adapter in (1, 2, None, 1)]
             done = await asyncio.gather(*(scheduler.submit(r, DEADLINE) for r in requests))
             assert len((await long).text) == LONG
-        assert observed.batches == [(1, 1), (4, 3)]
+        assert observed.batches[0] == observed.batches[-1] == (1, 1)
+        assert (5, 3) in observed.batches  # they joined the long one
         assert all(each.completion_tokens == 3 for each in done)
         assert all(each.seconds["queue"] >= 0 for each in done)
         assert observed.tokens == LONG + 12
@@ -106,7 +139,7 @@ def test_a_batch_has_at_most_so_many_rows_oldest_first(kit: EngineKit) -> None:
 
             await asyncio.gather(long, *(submit(number) for number in range(5)))
             assert order == [0, 1, 2, 3, 4]
-        assert [rows for rows, _ in observed.batches] == [1, 2, 2, 1]
+        assert max(rows for rows, _ in observed.batches) == 2
 
     asyncio.run(scenario())
 
@@ -171,7 +204,7 @@ def test_answers_that_come_when_nobody_waits_any_more_are_dropped(
         go_on.set()
         asyncio.run(ask())
     asyncio.run(scheduler.drain(10.0))
-    assert [record.message for record in caplog.records] == ["a batch failed"]
+    assert [record.message for record in caplog.records] == ["a step failed"]
 
 
 def test_loops_in_several_threads_get_the_answers_to_their_own_requests(
@@ -197,12 +230,37 @@ def test_loops_in_several_threads_get_the_answers_to_their_own_requests(
     expected = [result.text for result in alone if isinstance(result, Completion)]
     for answer in answers:
         assert [each.text for each in answer] == expected
-    assert sum(rows for rows, _ in observed.batches) == 48
     assert max(rows for rows, _ in observed.batches) == 5
     assert max(adapters for _, adapters in observed.batches) > 2  # more than there are slots
     assert observed.tokens == sum(each.completion_tokens for answer in answers for each in answer)
     assert observed.depths[-1] == 0
     assert observed.rejections == []
+
+
+def test_requests_without_a_slot_do_not_keep_others_waiting(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    kit = build_engine(load_random_base(tmp_path_factory.mktemp("cache")), num_slots=1)
+
+    async def scenario() -> None:
+        observed = Observed()
+        scheduler = Scheduler(kit.engine, max_batch_rows=3, max_queue=8, observer=observed)
+        scheduler.start()
+        long = asyncio.create_task(
+            scheduler.submit(kit.request("a", 1, max_tokens=LONG), DEADLINE)  # has the slot
+        )
+        while not observed.batches:
+            await asyncio.sleep(0.001)
+        others = [
+            asyncio.create_task(scheduler.submit(kit.request("a", adapter, max_tokens=3), DEADLINE))
+            for adapter in (2, 3, 4, None)
+        ]
+        await others[-1]
+        assert not any(task.done() for task in (long, *others[:-1]))
+        await asyncio.gather(long, *others)
+        await scheduler.drain(10.0)
+
+    asyncio.run(scenario())
 
 
 def test_a_bad_request_fails_alone(kit: EngineKit) -> None:
@@ -225,7 +283,6 @@ def test_a_bad_request_fails_alone(kit: EngineKit) -> None:
         assert isinstance(good, Completion)
         assert isinstance(other, Completion)
         assert other.text == "cde"
-        assert observed.batches[1] == (4, 3)
 
     asyncio.run(scenario())
 
@@ -241,14 +298,14 @@ def test_cancelled_rows_leave_a_batch_that_goes_on(kit: EngineKit) -> None:
                 )
                 for prompt in "ab"
             )
-            await long
-            while len(observed.batches) < 2:
+            while observed.running < 3:
                 await asyncio.sleep(0.001)
             leaves.cancel()
             assert (await stays).text.startswith("bcdefg")
+            await long
         assert leaves.cancelled()
-        assert observed.batches == [(1, 1), (2, 1)]
         assert observed.tokens == 2 * LONG
+        assert observed.disconnects == 1
 
     asyncio.run(scenario())
 
@@ -256,7 +313,8 @@ def test_cancelled_rows_leave_a_batch_that_goes_on(kit: EngineKit) -> None:
 def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:
     async def scenario() -> None:
         observed = Observed()
-        async with run_scheduler(kit, observed, max_queue=1) as scheduler:
+        limits = {"max_queue": 1, "max_batch_rows": 1}
+        async with run_scheduler(kit, observed, **limits) as scheduler:
             long = await start_long(kit, scheduler, observed)
             waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
             await asyncio.sleep(0)
@@ -272,7 +330,8 @@ def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:
 def test_a_cancelled_request_gives_up_its_place(kit: EngineKit) -> None:
     async def scenario() -> None:
         observed = Observed()
-        async with run_scheduler(kit, observed, max_queue=1) as scheduler:
+        limits = {"max_queue": 1, "max_batch_rows": 1}
+        async with run_scheduler(kit, observed, **limits) as scheduler:
             long = await start_long(kit, scheduler, observed)
             waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
             await asyncio.sleep(0)
@@ -301,7 +360,6 @@ def test_a_deadline_ends_waiting_and_running_requests(kit: EngineKit) -> None:
             answer = await scheduler.submit(kit.request("a", max_tokens=1), DEADLINE)
             assert answer.text == "b"
         assert observed.rejections == ["deadline_exceeded"] * 2
-        assert len(observed.batches) == 3  # what waited too long never ran
 
     asyncio.run(scenario())
 
@@ -323,11 +381,15 @@ def test_a_deadline_is_told_by_the_waiter_s_clock_even_when_its_loop_is_late(
     asyncio.run(scenario())
 
 
-def test_what_waited_too_long_does_not_run_even_when_its_loop_is_late(kit: EngineKit) -> None:
+def test_what_waited_too_long_does_not_run_even_when_its_loop_is_late(
+    kit: EngineKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
+        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
             long = await start_long(kit, scheduler, observed)
+            monkeypatch.setattr(scheduler._load, "estimate_wait", lambda *_: 0.0)
+            monkeypatch.setattr(scheduler._load, "estimate_seconds", lambda *_: 0.0)
             waiting = asyncio.create_task(scheduler.submit(kit.request("b"), 0.001))
             await asyncio.sleep(0)
             while not observed.tokens:
@@ -348,7 +410,7 @@ def test_an_engine_failure_is_its_batch_s_alone(
     async def scenario() -> None:
         async with run_scheduler(kit, Observed()) as scheduler:
             with monkeypatch.context() as broken:
-                broken.setattr(kit.engine, "complete", lambda *_, **__: 1 / 0)
+                broken.setattr(kit.engine, "step", lambda: 1 / 0)
                 with pytest.raises(IcmLoraError) as failed:
                     await scheduler.submit(kit.request("a"), DEADLINE)
                 assert isinstance(failed.value.__cause__, ZeroDivisionError)
@@ -356,7 +418,38 @@ def test_an_engine_failure_is_its_batch_s_alone(
             assert answer.text == "b"
 
     asyncio.run(scenario())
-    assert "a batch failed" in caplog.text
+    assert "a step failed" in caplog.text
+
+
+def test_a_request_that_cannot_be_admitted_fails_alone(
+    kit: EngineKit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenize = kit.engine._tokenize
+
+    def fail(request: CompletionRequest) -> list[int]:
+        if request.prompt == "broken":
+            raise ZeroDivisionError
+        return tokenize(request)
+
+    monkeypatch.setattr(kit.engine, "_tokenize", fail)
+
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            broken, fine = await asyncio.gather(
+                scheduler.submit(kit.request("broken", 1), DEADLINE),
+                scheduler.submit(kit.request("a", max_tokens=2), DEADLINE),
+                return_exceptions=True,
+            )
+            assert isinstance(broken, IcmLoraError)
+            assert isinstance(broken.__cause__, ZeroDivisionError)
+            assert isinstance(fine, Completion)
+            assert len((await long).text) == LONG
+
+    asyncio.run(scenario())
+    assert [record.message for record in caplog.records] == ["a request failed"]
+    assert kit.engine.slots.stats().leased == 0
 
 
 def test_drain_finishes_what_was_accepted_and_refuses_the_rest(kit: EngineKit) -> None:
@@ -399,7 +492,6 @@ def test_drain_past_its_grace_answers_what_is_left(kit: EngineKit) -> None:
             for task in (long, waiting):
                 with pytest.raises(NotReadyError, match="shutting down"):
                     await task
-        assert len(observed.batches) == 1
         assert observed.depths[-1] == 0
         assert observed.tokens == 0
 
@@ -437,5 +529,171 @@ def test_limits_out_of_range_and_a_scheduler_that_was_not_started(kit: EngineKit
         with pytest.raises(NotReadyError):
             await scheduler.submit(kit.request("a"), DEADLINE)
         await scheduler.drain(1.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_tells_final_text_as_it_grows(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            request = kit.request("a", max_tokens=40, stop=("xyz", "klx"), num_logprobs=0)
+            deltas, answer = await collect(scheduler.stream(request, DEADLINE))
+            assert "".join(delta.text for delta in deltas) == answer.text == LETTERS[1:23]
+            assert not any(delta.text.endswith("kl") for delta in deltas)  # klx may have begun
+            assert len(deltas) > 10
+            counts = [delta.num_tokens for delta in deltas]
+            assert counts == sorted(counts)
+            assert 0 < counts[0] <= 12
+            assert counts[-1] == answer.completion_tokens
+            told = [entry for delta in deltas for entry in delta.logprobs]
+            assert answer.logprobs == tuple(told)
+        assert (observed.first_tokens, observed.disconnects) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_streams_never_tell_half_a_character(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        async with run_scheduler(kit, Observed()) as scheduler:
+            deltas, answer = await collect(
+                scheduler.stream(kit.request("0", max_tokens=15), DEADLINE)
+            )
+        assert "".join(delta.text for delta in deltas) == answer.text
+        assert {delta.text for delta in deltas} >= {"é", "€", "😀"}
+
+    asyncio.run(scenario())
+
+
+def test_a_closed_stream_stops_its_row(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            async with aclosing(
+                scheduler.stream(kit.request("a", max_tokens=LONG), DEADLINE)
+            ) as items:
+                async for _ in items:
+                    break
+            assert observed.disconnects == 1
+            while observed.running:
+                await asyncio.sleep(0.001)
+        assert observed.tokens == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_would_miss_its_deadline_is_refused_at_once(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            while scheduler._load.estimate_seconds(1) == 0:
+                await asyncio.sleep(0.001)
+            started = time.monotonic()
+            with pytest.raises(QueueFullError, match="miss its deadline"):
+                await scheduler.submit(kit.request("b", max_tokens=400), 0.01)
+            assert time.monotonic() - started < 0.05
+            await long
+        assert observed.rejections == ["queue_full"]
+
+    asyncio.run(scenario())
+
+
+def test_estimated_work_bounds_the_queue(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        limits = {"max_queue_work": 100, "max_batch_rows": 1}
+        async with run_scheduler(kit, observed, **limits) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            waiting = asyncio.create_task(
+                scheduler.submit(kit.request("b", max_tokens=60), DEADLINE)
+            )
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError):
+                await scheduler.submit(kit.request("b", max_tokens=60), DEADLINE)
+            await asyncio.gather(long, waiting)
+
+    asyncio.run(scenario())
+
+
+def test_a_flood_gets_no_other_tenant_refused(
+    kit: EngineKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = LoadEstimate(1)
+    load.observe_step(1, 0.02)
+    monkeypatch.setattr(load, "observe_step", lambda *_: None)
+
+    async def scenario() -> None:
+        observed = Observed()
+        limits = {"max_queue": 4, "max_batch_rows": 1}
+        async with run_scheduler(kit, observed, **limits) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            scheduler._load = load  # 5 seconds are left of the long one
+            flood = [
+                asyncio.create_task(
+                    scheduler.submit(kit.request("b", max_tokens=100, tenant="flood"), DEADLINE)
+                )
+                for _ in range(4)  # 8 seconds
+            ]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError):
+                await scheduler.submit(kit.request("c", tenant="flood"), DEADLINE)
+            quiet = kit.request("c", max_tokens=3, tenant="quiet")
+            assert (await scheduler.submit(quiet, 10.0)).text == "def"
+            with pytest.raises(QueueFullError, match="miss its deadline"):
+                await scheduler.submit(kit.request("c", max_tokens=600, tenant="quiet"), 10.0)
+            for task in flood:
+                task.cancel()
+            await long
+
+    asyncio.run(scenario())
+
+
+def test_running_and_waiting_adapters_are_told(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
+            long = await start_long(kit, scheduler, observed)
+            waiting = [
+                asyncio.create_task(scheduler.submit(kit.request("b", 1), DEADLINE))
+                for _ in range(2)
+            ]
+            await asyncio.sleep(0)
+            assert scheduler.running_adapters() == [None]
+            assert scheduler.waiting_adapters() == ["adapter-1"]
+            await asyncio.gather(long, *waiting)
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_thread_runs_short_functions_and_a_busy_one_refuses_them(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        async with run_scheduler(kit, observed) as scheduler:
+            for _ in range(2):
+                name = scheduler.run_if_idle(lambda: threading.current_thread().name)
+                assert name is not None
+                assert await asyncio.wrap_future(name) == "inference"
+            failing = scheduler.run_if_idle(lambda: 1 // 0)
+            assert failing is not None
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wrap_future(failing)
+            begun, may_end = threading.Event(), threading.Event()
+
+            def wait() -> None:
+                begun.set()
+                may_end.wait(10)
+
+            given_up = asyncio.wrap_future(scheduler.run_if_idle(wait))
+            await asyncio.to_thread(begun.wait, 10)
+            never_begun = scheduler.run_if_idle(lambda: pytest.fail("nobody waits for it"))
+            assert never_begun is not None
+            assert never_begun.cancel()
+            given_up.cancel()
+            may_end.set()
+            long = await start_long(kit, scheduler, observed)  # the thread goes on
+            assert scheduler.run_if_idle(lambda: None) is None
+            await long
+        assert scheduler.run_if_idle(lambda: None) is None  # it has ended
 
     asyncio.run(scenario())

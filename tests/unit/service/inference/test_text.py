@@ -9,12 +9,16 @@ import torch
 
 from service.adapters.slot_bank import SlotStats
 from service.errors import (
+    AdapterMismatchError,
     AdapterNotFoundError,
     DeadlineExceededError,
+    InvalidAdapterError,
     InvalidInputError,
     NoFreeSlotError,
 )
-from service.inference.text import Completion, CompletionRequest, Result, group_by_length
+from service.inference.completion import TextDelta
+from service.inference.text import Completion, CompletionRequest, Result
+from service.synthesis.synthesizer import digest_vector
 from tests.fixtures.tiny_engine import (
     CONTEXT,
     LETTERS,
@@ -208,22 +212,24 @@ def test_an_adapter_that_finds_no_slot_fails_alone(cache: Path) -> None:
     assert small.engine.slots.stats() == SlotStats(total=1, resident=1, leased=0)
 
 
-def test_a_running_batch_does_not_notice_that_its_slots_are_written(cache: Path) -> None:
-    small = build_engine(load_random_base(cache), num_slots=2)
+def test_slots_are_not_written_while_rows_hold_them(cache: Path) -> None:
+    small = build_engine(load_random_base(cache), num_slots=3)
     requests = [small.request("a", adapter, max_tokens=12) for adapter in (1, 2)]
     undisturbed = get_texts(small.complete(*requests))
     loads = 0
 
-    def displace_all(_: int) -> bool:
+    def displace_others(_: int) -> bool:
         nonlocal loads
-        loads += 1
-        vector = torch.full((small.layout.num_params,), float(loads), dtype=torch.float16)
-        small.engine.load(f"other-{loads}", vector).release()
+        if small.engine.slots.stats().leased == 2:
+            loads += 1
+            vector = torch.full((small.layout.num_params,), float(loads), dtype=torch.float16)
+            small.engine.load(f"other-{loads}", vector).release()
         return False
 
-    results = small.engine.complete(requests, is_abandoned=displace_all)
-    assert loads > 20
+    results = small.engine.complete(requests, is_abandoned=displace_others)
+    assert loads > 10
     assert get_texts(results) == undisturbed
+    assert [each.generation for each in get_completions(results)] == [1, 2]
 
 
 def test_an_empty_prompt_needs_a_start_token(cache: Path) -> None:
@@ -299,6 +305,128 @@ def test_a_bfloat16_base_answers_too(cache: Path) -> None:
     assert adapted != base_text
 
 
-def test_long_and_short_prompts_are_not_padded_to_each_other() -> None:
-    prompts = {0: [1] * 2000, 1: [1], 2: [1, 1], 3: [1] * 1999}
-    assert [sorted(group) for group in group_by_length(prompts)] == [[1, 2], [0, 3]]
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 64])
+def test_prompts_read_in_parts_or_together_give_the_same_texts(
+    kit: EngineKit, monkeypatch: pytest.MonkeyPatch, prefill_tokens: int
+) -> None:
+    requests = [*make_mixed_requests(kit), kit.request("y" * 200, 2, max_tokens=9)]
+    at_once = get_texts(kit.complete(*requests))
+    widths: list[int] = []
+    monkeypatch.setattr(kit.engine, "_prefill_tokens", prefill_tokens)
+    hook = kit.base.model.register_forward_pre_hook(
+        lambda _, __, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    in_parts = get_texts(kit.complete(*requests))
+    hook.remove()
+    assert in_parts == at_once
+    assert max(widths) <= max(prefill_tokens, len(requests))
+
+
+def test_rows_that_join_later_answer_as_if_alone(kit: EngineKit) -> None:
+    """Requests arrive one by one while others run; slots are fewer than requests."""
+    requests = make_mixed_requests(kit)
+    alone = [get_texts(kit.complete(request))[0] for request in requests]
+    results: dict[int, Result] = {}
+
+    class Arrival:
+        wants_deltas = False
+
+        def __init__(self, index: int) -> None:
+            self.index, self.request = index, requests[index]
+
+        def is_abandoned(self) -> bool:
+            return False
+
+        def on_first_token(self) -> None: ...
+
+        def emit(self, delta: TextDelta) -> None: ...
+
+        def resolve(self, result: Result) -> None:
+            results[self.index] = result
+
+    for index in range(len(requests)):
+        assert kit.engine.admit([Arrival(index)]) == []
+        kit.engine.step()
+        kit.engine.step()
+    while kit.engine.num_running:
+        kit.engine.step()
+    assert get_texts([results[index] for index in range(len(requests))]) == alone
+    assert kit.engine.slots.stats().leased == 0
+
+
+def test_log_probabilities_are_those_of_transformers(kit: EngineKit, cache: Path) -> None:
+    prompt = "some words that come before"
+    (completion,) = get_completions(
+        kit.complete(kit.request(prompt, max_tokens=7, num_logprobs=3, prompt_logprobs=True))
+    )
+    untouched = load_random_base(cache)
+    prompt_ids = untouched.tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([[*prompt_ids, *completion.token_ids]])
+    with torch.no_grad():
+        expected = untouched.model(ids).logits[0].log_softmax(dim=-1)
+    assert completion.prompt_logprobs is not None
+    assert completion.logprobs is not None
+    entries = [*completion.prompt_logprobs, *completion.logprobs]
+    assert [entry.token_id for entry in entries] == ids[0].tolist()
+    assert (entries[0].logprob, entries[0].top) == (None, ())
+    for position, entry in enumerate(entries[1:]):
+        assert entry.logprob == pytest.approx(float(expected[position, entry.token_id]), abs=1e-4)
+        best = expected[position].topk(3)
+        assert [token for token, _, _ in entry.top] == best.indices.tolist()
+        assert [value for _, _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_a_prompt_alone_can_be_scored(kit: EngineKit) -> None:
+    tokens = tuple(kit.base.tokenizer("x" * 100)["input_ids"])
+    request = kit.request("", max_tokens=0, prompt_logprobs=True, num_logprobs=1)
+    (completion,) = get_completions(kit.complete(replace(request, prompt=tokens)))
+    assert (completion.text, completion.completion_tokens) == ("", 0)
+    assert completion.prompt_logprobs is not None
+    assert len(completion.prompt_logprobs) == len(tokens) == completion.prompt_tokens
+
+
+@pytest.mark.parametrize(("max_tokens", "prefill_tokens"), [(0, 64), (4, 64), (0, 16)])
+def test_a_scored_prompt_that_is_not_finite_fails_alone(
+    kit: EngineKit, monkeypatch: pytest.MonkeyPatch, max_tokens: int, prefill_tokens: int
+) -> None:
+    monkeypatch.setattr(kit.engine, "_prefill_tokens", prefill_tokens)
+    scored = kit.request("x" * 40, 1, max_tokens=max_tokens, prompt_logprobs=True)
+    fine = kit.request("a", 2, max_tokens=4)
+    alone = get_texts(kit.complete(fine))
+
+    def poison(_: object, __: object, logits: torch.Tensor) -> None:
+        if logits.shape[1] > 1:  # of a scored prompt; of others the last is read only
+            logits[0, 3, 5] = float("nan")
+
+    hook = kit.base.model.lm_head.register_forward_hook(poison)
+    try:
+        failed, beside = kit.complete(scored, fine)
+    finally:
+        hook.remove()
+    assert isinstance(failed, InvalidAdapterError)
+    assert get_texts([beside]) == alone
+    assert kit.engine.slots.stats().leased == 0
+
+
+def test_unknown_tokens_are_refused(kit: EngineKit) -> None:
+    (failed,) = kit.complete(replace(kit.request(""), prompt=(1, 10_000)))
+    assert isinstance(failed, InvalidInputError)
+
+
+def test_a_slot_that_holds_something_else_answers_nothing(kit: EngineKit) -> None:
+    request = kit.request("a", 1, max_tokens=4)
+    assert request.vector is not None
+    right = replace(request, vector_sha256=digest_vector(request.vector))
+    assert get_texts(kit.complete(right)) == get_texts(kit.complete(request))
+    (failed,) = kit.complete(replace(request, vector_sha256="0" * 64))
+    assert isinstance(failed, AdapterMismatchError)
+
+    def overwrite(_: int) -> bool:
+        kit.engine.slots._vectors[lease.slot] += 1
+        return False
+
+    with kit.engine.load("adapter-1", request.vector) as lease:
+        (late,) = kit.engine.complete([right], is_abandoned=overwrite)
+    assert isinstance(late, AdapterMismatchError)
+    assert get_texts(kit.complete(right)) == get_texts(kit.complete(request))  # loaded anew
+    assert kit.engine.slots.stats().leased == 0

@@ -18,7 +18,7 @@ from service.errors import (
     TaskEncoderMismatchError,
 )
 from service.synthesis.bundle import Bundle, read_bundle
-from service.synthesis.cvae import GeneratorConfig
+from service.synthesis.generator_config import GeneratorConfig
 from service.synthesis.layout import AdapterKind
 from tests.fixtures.kernel import BASE_DIGEST, TASKS, normal, write_word_bundle
 

@@ -8,19 +8,15 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from service.errors import InvalidBundleError
-from service.synthesis.cvae import (
-    ConditionalVAE,
-    GeneratorConfig,
-    TaskAttention,
-    TokenDecoder,
-    TokenMap,
-    build_decoder,
-)
+from service.synthesis.cvae import ConditionalVAE, build_decoder
+from service.synthesis.generator_config import GeneratorConfig
+from service.synthesis.in_context import InContextDecoder
 from service.synthesis.layout import AdapterKind, AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
+from service.synthesis.token_networks import TaskAttention, TokenDecoder, TokenMap
 from tests.fixtures.kernel import PROPERTY, adapt_tiny_net, layouts, normal
 
-PRESETS = pytest.mark.parametrize("preset", ["paper", "token"])
+PRESETS = pytest.mark.parametrize("preset", ["paper", "token", "in_context"])
 
 
 def make_config(preset: str, depth: int = 3, width: int = 8) -> GeneratorConfig:
@@ -40,11 +36,14 @@ def make_model(preset: str, seed: int = 0, trained: bool = False) -> Conditional
     """A small generator; `trained` gives every weight a random value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ConditionalVAE(make_layout(), make_config(preset))
+        layout = make_layout()
+        model = ConditionalVAE(layout, make_config(preset))
         for parameter in model.parameters() if trained else ():
             nn.init.normal_(parameter, std=0.3)
     if isinstance(model.decoder, TokenDecoder):
-        model.decoder.task.set_keys(normal(3, 5))
+        model.decoder.set_keys(normal(3, 5))
+    if isinstance(model.decoder, InContextDecoder):
+        model.decoder.set_adapters(normal(3, layout.num_params))
     return model
 
 
@@ -246,8 +245,9 @@ def test_the_same_seed_gives_the_same_networks(preset: str) -> None:
 def test_trained_weights_and_keys_alone_are_saved(preset: str) -> None:
     model = make_model(preset)
 
-    keys = {"decoder.task.keys"} if preset == "token" else set()
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | keys
+    context = {"token": {"task.keys"}, "in_context": {"keys", "adapters"}}.get(preset, set())
+    buffers = {f"decoder.{name}" for name in context}
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | buffers
 
 
 def test_config_round_trip_and_what_it_refuses() -> None:
@@ -261,5 +261,6 @@ def test_config_round_trip_and_what_it_refuses() -> None:
 
 
 def test_unknown_preset_is_refused() -> None:
-    with pytest.raises(InvalidBundleError, match="'diffusion' is unknown: paper or token"):
+    match = "'diffusion' is unknown: paper, token or in_context"
+    with pytest.raises(InvalidBundleError, match=match):
         build_decoder(make_layout(), make_config("diffusion"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.synthesis import packed_weight
 from service.synthesis.attachment import AdaptedLinear, Attachment
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterLayout
@@ -32,12 +33,18 @@ def net() -> Attention:
     return Attention()
 
 
-@pytest.fixture
-def attachment(net: Attention) -> Attachment:
+def attach(net: Attention) -> Attachment:
     layout = AdapterLayout.from_model(
         net, kind="core", rank=2, alpha=4.0, target_modules=list(ROLES)
     )
-    return Attachment(net, AdapterBases.from_model(layout, net))
+    attachment = Attachment(net, AdapterBases.from_model(layout, net))
+    attachment.prepare_serving(net)
+    return attachment
+
+
+@pytest.fixture
+def attachment(net: Attention) -> Attachment:
+    return attach(net)
 
 
 def draw_vectors(attachment: Attachment, seed: int) -> Tensor:
@@ -110,7 +117,7 @@ def test_the_same_tensor_assigned_again_counts_with_its_new_values(
     check_as_alone(net, x)
 
 
-def test_training_and_longer_inputs_are_left_to_each_module(
+def test_training_is_left_to_each_module_and_prompts_are_not(
     net: Attention, attachment: Attachment
 ) -> None:
     vectors = draw_vectors(attachment, seed=0).requires_grad_()
@@ -119,3 +126,20 @@ def test_training_and_longer_inputs_are_left_to_each_module(
     assert vectors.grad is not None
     attachment.rows.vectors = vectors.detach()
     check_as_alone(net, normal(ROWS, 5, 8))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_weights_of_large_models_are_not_packed(
+    monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    net = Attention().bfloat16()
+    num_bytes = sum(parameter.nbytes for parameter in net.parameters())
+    monkeypatch.setattr(packed_weight, "MAX_BYTES", num_bytes if packs else num_bytes - 1)
+    attachment = attach(net)
+    groups = {each.group for each in net.modules() if isinstance(each, AdaptedLinear)}
+    assert [group is not None and group.is_packed for group in groups] == [packs] * 2
+    assert isinstance(net.q_proj, AdaptedLinear)
+    shares = net.q_proj.weight.untyped_storage().nbytes() > net.q_proj.weight.nbytes
+    assert shares is not packs
+    attachment.rows.vectors = draw_vectors(attachment, seed=0).bfloat16()
+    assert run(net, normal(ROWS, 1, 8).bfloat16())["q_proj"].shape == (ROWS, 1, 8)

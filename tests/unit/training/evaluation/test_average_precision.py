@@ -13,11 +13,11 @@ from service.inference.box_decoding import LocatedBox
 from training.evaluation.average_precision import (
     bootstrap_ap,
     bootstrap_difference,
-    resample_instances,
     score_category,
     score_scenes,
     weighted_ap,
 )
+from training.evaluation.statistics import draw_units
 from training.tasks.detection_task import Annotation, Box
 
 Scenes = list[list[Annotation]]
@@ -185,7 +185,7 @@ def test_a_difference_is_paired() -> None:
 
 
 def test_every_resample_draws_as_many_as_there_are() -> None:
-    draws = resample_instances(7, seed=0, resamples=100)
+    draws = draw_units(7, seed=0, resamples=100)
 
     assert draws.shape == (100, 7)
     assert (draws.sum(1) == 7).all()

@@ -88,6 +88,13 @@ def test_a_short_formula_is_no_reason_to_drop() -> None:
     assert drop_quoting([passage], [formula]) == [passage]
 
 
+def test_where_formulas_are_common_a_smaller_share_drops_a_passage() -> None:
+    formula = "f" * 80
+    given = [Document("a", formula + make_text(0)), Document("b", formula + make_text(1, 200))]
+    assert split_documents(given, hold_out_units("b")).num_quoting == 0
+    assert split_documents(given, hold_out_units("b"), max_quoted_share=0.01).num_quoting == 1
+
+
 def test_caps_keep_a_sample_of_the_whole_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_TRAIN_CHARS", 10_000)
     texts = [make_text(seed) for seed in range(100)]

@@ -10,7 +10,8 @@ from service.errors import InvalidInputError, InvalidTaskDataError
 from training.tasks import corpora, load_text_tasks, text_domains
 from training.tasks.documents import MAX_TEST_CHARS, MAX_TRAIN_CHARS, Document, hold_out_units
 from training.tasks.leakage import LEAKAGE_LIMIT
-from training.tasks.text_domains import Domain, prepare_domains, prepared_path, read_prepared
+from training.tasks.prepared_texts import Corpus, prepared_path, read_prepared
+from training.tasks.text_domains import prepare_domains
 
 
 def make_text(word: str) -> str:
@@ -20,7 +21,7 @@ def make_text(word: str) -> str:
 @pytest.fixture
 def small_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document(unit, make_text(unit)) for unit in ("one", "two", "three")]
-    domain = Domain((), lambda _root: iter(documents), hold_out_units("two"))
+    domain = Corpus((), lambda _root: iter(documents), hold_out_units("two"))
     monkeypatch.setitem(text_domains.DOMAINS, "recipes", domain)
 
 
@@ -80,7 +81,7 @@ def test_a_split_that_leaks_or_is_empty_is_refused(
         def read(_root: Path, found: list[Document] = documents) -> Iterator[Document]:
             return iter(found)
 
-        domain = Domain((), read, hold_out_units("two"))
+        domain = Corpus((), read, hold_out_units("two"))
         monkeypatch.setitem(text_domains.DOMAINS, "recipes", domain)
         with pytest.raises(InvalidTaskDataError, match=message):
             prepare_domains(tmp_path, ["recipes"], lambda _line: None)

@@ -6,8 +6,10 @@ import pytest
 
 from training.tasks.mailing_list import (
     normalize_subject,
+    read_fork_list,
     read_linux_lists,
     read_message,
+    read_spam,
     strip_message,
 )
 
@@ -80,6 +82,21 @@ def test_subjects_reduce_to_their_thread(subject: str, thread: str) -> None:
 def test_only_the_linux_lists_are_read() -> None:
     assert read_message(make_message("Re: [ILUG] hi", "words")) == ("hi", "words")
     assert read_message(make_message("hi", "words", to="fork@example.com")) is None
+
+
+def test_other_lists_and_advertising_have_readers_of_their_own(tmp_path: Path) -> None:
+    recipients_by_folder = {
+        "easy-ham-2": ("fork@example.com", "ilug@linux.ie"),
+        "spam-1": ("jon@x.org",),
+    }
+    for name, recipients in recipients_by_folder.items():
+        folder = tmp_path / "npm-mail" / "package" / "data" / name
+        folder.mkdir(parents=True)
+        for number, recipient in enumerate(recipients):
+            text = make_message(f"to {recipient}", "words", to=recipient)
+            (folder / f"{number}.txt").write_bytes(text)
+    units = [[d.unit for d in read(tmp_path)] for read in (read_fork_list, read_spam)]
+    assert units == [["to fork@example.com"], ["to jon@x.org"]]
 
 
 def test_encodings_are_decoded_and_unknown_ones_do_not_stop() -> None:

@@ -63,7 +63,7 @@ def make_row(split: str, text: str, task: str = "letters") -> dict[str, str]:
     "source", ["", "pile", "folder", "folder:", "domains:x", "Smoke", "https://example.org"]
 )
 def test_an_unknown_source_lists_the_known_ones(source: str) -> None:
-    with pytest.raises(InvalidRecipeError, match=r"domains, smoke, folder:PATH, jsonl:PATH"):
+    with pytest.raises(InvalidRecipeError, match=r"domains, families, smoke, folder:PATH, jsonl:"):
         load_text_tasks(source)
 
 

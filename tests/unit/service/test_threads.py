@@ -1,0 +1,75 @@
+"""Threads that pause give their workers back, and compute as before afterwards."""
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.threads import Computations, release_workers, releasing
+
+
+def _count_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def _compute() -> float:
+    return float(torch.ones(1 << 20).mul(2).sum())
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.get_num_threads() < 2, reason="there are no workers"
+)
+def test_the_workers_of_a_thread_that_computed_end() -> None:
+    computed, may_end, counts = threading.Event(), threading.Event(), list[int]()
+
+    def run() -> None:
+        _compute()
+        counts.append(_count_threads())
+        release_workers()
+        counts.append(_count_threads())
+        assert _compute() == 1 << 21
+        release_workers()
+        computed.set()
+        may_end.wait(10)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert computed.wait(10)
+    may_end.set()
+    thread.join()
+    assert counts[1] < counts[0]
+
+
+def test_results_and_errors_pass_through() -> None:
+    assert releasing(_compute)() == 1 << 21
+    with pytest.raises(ZeroDivisionError):
+        releasing(lambda: 1 // 0)()
+
+
+def test_computations_run_where_they_are_taken_else_in_a_thread() -> None:
+    offered: list[str] = []
+
+    def refuse(function: object) -> None:
+        offered.append("busy")
+
+    def take(function: Callable[[], Any]) -> Future[Any]:
+        offered.append("idle")
+        future: Future[Any] = Future()
+        future.set_result(function())
+        return future
+
+    computations = Computations()
+    assert asyncio.run(computations.run(pow, 2, 5)) == 32
+    computations.use(refuse)
+    assert asyncio.run(computations.run(threading.get_ident)) != threading.get_ident()
+    computations.use(take)
+    assert asyncio.run(computations.run(threading.get_ident)) == threading.get_ident()
+    assert offered == ["busy", "busy", "idle"]
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(Computations().run(lambda: 1 // 0))

@@ -1,0 +1,71 @@
+"""This project's generators, each preset as a baseline of the others."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from service.errors import InvalidInputError
+from service.synthesis.normalizer import AdapterNormalizer
+from training.baselines.base import TrainingTasks
+from training.generator import train_generator
+from training.recipe import Recipe
+from training.run_dir import RunDir
+from training.task_vectors import TaskVectors
+
+
+@dataclass
+class ConditionalVaeBaseline:
+    """The conditional VAE of a recipe, trained on the tasks as `icm-lora train` does it.
+
+    Attributes:
+        preset: `paper`, `token` or `in_context`.
+        recipe: its section `[generator]` says how to train, and must be of that preset.
+        sample: whether z is drawn, as the paper does (Eq. 9), or is 0, as serving does by default.
+    """
+
+    uses_target: ClassVar[bool] = False
+
+    preset: str
+    recipe: Recipe
+    sample: bool = False
+    decoder: nn.Module = field(init=False, repr=False)
+    normalizer: AdapterNormalizer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.recipe.generator.preset != self.preset:
+            raise InvalidInputError(
+                f"baseline {self.preset!r} needs a recipe of that preset, not "
+                f"{self.recipe.generator.preset!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The preset."""
+        return self.preset
+
+    def fit(self, tasks: TrainingTasks, seed: int) -> None:
+        """Trains in a folder that is removed afterwards."""
+        tasks.require_finite()
+        counts = torch.tensor([len(rows) for rows in tasks.task_vectors])
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        vectors = TaskVectors("baseline", torch.cat(tasks.task_vectors).float(), owner)
+        checkpoints = dict(zip(tasks.names, tasks.checkpoints, strict=True))
+        with TemporaryDirectory() as folder:
+            run = RunDir.open(Path(folder), self.recipe)
+            model = train_generator(run, tasks.layout, checkpoints, vectors, seed, tasks.families)
+        self.normalizer = tasks.normalizer
+        self.decoder = model.decoder.cpu().eval().requires_grad_(False)
+
+    def generate(
+        self, task_vector: Float[Tensor, " d_task"], seed: int
+    ) -> Float[Tensor, " num_params"]:
+        """One decoder pass; the seed draws z where it is drawn."""
+        z = torch.zeros(1, self.recipe.generator.latent_dim)
+        if self.sample:
+            z = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        return self.normalizer.denormalize(self.decoder(z, task_vector[None].float())[0])

@@ -1,0 +1,115 @@
+"""Functional training of the generator: an adapter is judged by what the frozen base does with it.
+
+Reconstruction asks for the weights that a fine-tuning happened to end at; this asks for the loss
+that they give. Gradients pass through the frozen base and the attached adapter into the decoder,
+which was trained by reconstruction before. Where the decoder looks at training tasks, they are
+hidden in the same episodes, so that it learns what helps a task that it cannot look up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from service.inference.base_model import BaseModel
+from service.synthesis.attachment import Attachment
+from service.synthesis.cvae import ConditionalVAE
+from service.synthesis.normalizer import AdapterNormalizer
+from training.adapters import MeasureLoss
+from training.checkpoint import restore_training_state, write_tensors, write_training_state
+from training.episodes import Episodes
+from training.generator import draw_wordings
+from training.progress import track_job
+from training.run_dir import RunDir
+from training.schedule import warm_cosine
+from training.task_vectors import TaskVectors
+
+SAVE_EVERY_STEPS = 10
+
+
+def train_functionally(
+    run: RunDir,
+    model: ConditionalVAE,
+    normalizer: AdapterNormalizer,
+    vectors: TaskVectors,
+    families: Sequence[str],
+    base: BaseModel,
+    attachment: Attachment,
+    losses: Sequence[MeasureLoss],
+    seed: int,
+) -> None:
+    """Trains the decoder through the base and saves the generator; equal seeds, equal bytes.
+
+    A step is one task: a wording, z = 0, and a batch of the task's training examples. Tasks come
+    in random order, each once before any comes again.
+
+    Args:
+        run: its recipe says how (`[functional]`); the result goes there.
+        model: trained by reconstruction; its decoder is changed.
+        normalizer: of that training.
+        vectors: task vectors of each task's wordings.
+        families: of the tasks, for episodes.
+        base: frozen, wrapped by `attachment`.
+        attachment: where generated adapters are put.
+        losses: of each task's training examples, named by their numbers.
+        seed: of order, wordings, episodes and batches.
+    """
+    section, recipe = run.recipe.functional, run.recipe
+    assert section is not None, "the recipe has no section [functional]"
+    decoder = model.decoder.to(base.device).train()
+    episodes = None
+    if recipe.context is not None:
+        episodes = Episodes(families, recipe.context)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, weight_decay=0.0)
+    path = run.functional_generator(seed)
+    state_path = run.state(path.stem)
+    first_step = restore_training_state(state_path, decoder, optimizer)
+    with track_job(run, path.stem, section.num_steps) as report:
+        for step in range(first_step, section.num_steps):
+            draws = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            task = _pick_task(step, len(losses), seed)
+            condition = draw_wordings(vectors, task, recipe.generator.wording_noise, draws)
+            z = torch.zeros(1, recipe.generator.latent_dim, device=base.device)
+            context = {}
+            if episodes is not None:
+                context["hidden"] = episodes.hide(task, draws).to(base.device)
+            normalized = decoder(z, condition.to(base.device), **context)[0].cpu()
+            loss = _measure(
+                normalizer.denormalize(normalized),
+                attachment,
+                base,
+                losses[int(task)],
+                torch.randperm(recipe.finetune.num_windows, generator=draws)[: section.batch_size],
+            )
+            for group in optimizer.param_groups:
+                share = warm_cosine(step, section.num_steps, section.num_steps // 20)
+                group["lr"] = section.learning_rate * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % SAVE_EVERY_STEPS == 0:
+                write_training_state(state_path, decoder, optimizer, step + 1)
+            report(step + 1, loss=loss.item())
+    attachment.rows.vectors = None
+    write_tensors(path, model.state_dict())
+    state_path.unlink(missing_ok=True)
+
+
+def _measure(
+    vector: Float[Tensor, " num_params"],
+    attachment: Attachment,
+    base: BaseModel,
+    measure_loss: MeasureLoss,
+    examples: Tensor,
+) -> Float[Tensor, ""]:
+    attachment.rows.vectors = vector[None].to(base.device, base.dtype)  # [1, num_params]
+    return measure_loss(examples)
+
+
+def _pick_task(step: int, num_tasks: int, seed: int) -> Tensor:
+    """Index `[1]` of the task of a step."""
+    turn, position = divmod(step, num_tasks)
+    order = torch.Generator().manual_seed(seed * 1_000_003 + turn + 2**40)
+    return torch.randperm(num_tasks, generator=order)[position : position + 1]
