@@ -234,11 +234,12 @@ class DecodeBatch:
             self._choose_tokens(rows, logits)
         else:
             rows[0].finish_reason = "length"
-        for index, row in enumerate(rows):
-            if not row.is_done:
-                self._cache.append(cache, index, len(row.prompt_ids))
-                self.rows.append(row)
-                self._vectors_are_stale = True
+        joining = [index for index, row in enumerate(rows) if not row.is_done]
+        if joining:
+            lengths = [len(rows[index].prompt_ids) for index in joining]
+            self._cache.append(cache, joining, lengths)
+            self.rows += [rows[index] for index in joining]
+            self._vectors_are_stale = True
         return [row for row in rows if row.is_done]
 
     def _choose_tokens(

@@ -21,6 +21,9 @@ from service.errors import InvalidInputError
 COLUMNS_STEP = 128
 """Memory grows by whole multiples of so many tokens."""
 
+MAX_SPARE_ROWS = 16
+"""It doubles its rows, but by no more than so many."""
+
 
 class RowCache(Cache):
     """Keys and values `[rows, heads, tokens, dim]` per layer, for decode steps of one token each.
@@ -46,12 +49,18 @@ class RowCache(Cache):
         """Rows that are held."""
         return len(self.lengths)
 
-    def append(self, source: DynamicCache, row: int, length: int) -> None:
-        """Takes over the last `length` tokens of a row of a prompt's cache, as the last row."""
-        self.lengths.append(length)
+    def append(self, source: DynamicCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Takes rows of a prompt's cache over, as the last rows.
+
+        Args:
+            source: what was read.
+            rows: which of its rows.
+            lengths: of each, how many of its last tokens.
+        """
+        self.lengths += lengths
         read: Any
         for layer, read in zip(self._rows, source.layers, strict=True):
-            layer.append(read.keys[row, :, -length:], read.values[row, :, -length:], self.lengths)
+            layer.append(read.keys, read.values, rows, self.lengths)
 
     def remove(self, row: int, *, wipe: bool = False) -> None:
         """Forgets a row; the last row takes its place.
@@ -71,13 +80,14 @@ class RowCache(Cache):
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
-    def begin_step(self) -> tuple[Int[Tensor, "rows 1"], Tensor | None]:
+    def begin_step(self) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1 1 tokens"]]:
         """Makes room for a token of every row.
 
         Returns:
             The tokens' positions, and the mask `[rows, 1, 1, tokens]` that is added to the
-            scores: made once, where torch would make it of a boolean one in every layer. None
-            where all rows hold as much: nothing is to be hidden.
+            scores: made once, where torch would make it of a boolean one in every layer, and
+            also where nothing is to be hidden: without a mask transformers lets torch share the
+            heads of keys, which takes three times as long on a CPU.
         """
         device = self._rows[0].keys.device
         positions = torch.tensor(self.lengths, device=device)
@@ -88,8 +98,6 @@ class RowCache(Cache):
         self._placed.rows = torch.arange(len(self.lengths), device=device)
         self._placed.positions = positions
         self._placed.width = width
-        if min(self.lengths) == width:
-            return positions[:, None], None
         hidden = torch.arange(width, device=device) > positions[:, None]  # [rows, tokens]
         mask = torch.zeros(hidden.shape, dtype=self._rows[0].keys.dtype, device=device)
         mask.masked_fill_(hidden, -torch.inf)
@@ -115,24 +123,27 @@ class _RowLayer(CacheLayerMixin):
         self._placed = placed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes shape and dtype from the first prompt's `[heads, tokens, dim]`."""
+        """Takes shape and dtype from the first prompts' `[rows, heads, tokens, dim]`."""
         for name, states in (("keys", key_states), ("values", value_states)):
-            heads, _, dim = states.shape
+            _, heads, _, dim = states.shape
             setattr(self, name, states.new_zeros(0, heads, 0, dim))
         self.is_initialized = True
 
     def append(
         self,
-        keys: Float[Tensor, "heads tokens dim"],
-        values: Float[Tensor, "heads tokens dim"],
+        keys: Float[Tensor, "source heads tokens dim"],
+        values: Float[Tensor, "source heads tokens dim"],
+        rows: Sequence[int],
         lengths: Sequence[int],
     ) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.reserve(len(lengths), max(lengths))
-        row, length = len(lengths) - 1, lengths[-1]
-        self.keys[row, :, :length] = keys
-        self.values[row, :, :length] = values
+        first = len(lengths) - len(rows)
+        for row, source in enumerate(rows, first):
+            length = lengths[row]
+            self.keys[row, :, :length] = keys[source, :, -length:]
+            self.values[row, :, :length] = values[source, :, -length:]
 
     def wipe(self, row: int) -> None:
         self.keys[row].zero_()
@@ -147,7 +158,10 @@ class _RowLayer(CacheLayerMixin):
         have_rows, heads, have_columns, _ = self.keys.shape
         if rows <= have_rows and columns <= have_columns:
             return
-        rows = max(rows, have_rows)
+        if rows > have_rows:  # rows that join one by one do not copy all others every time
+            rows = max(rows, have_rows + min(have_rows, MAX_SPARE_ROWS))
+        else:
+            rows = have_rows
         columns = max(-(-columns // COLUMNS_STEP) * COLUMNS_STEP, have_columns)
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)

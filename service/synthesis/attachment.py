@@ -27,18 +27,18 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class AdapterRows:
     """Holder of the adapter vectors that the next forwards use, or None for the base alone.
 
-    Assigning `vectors` cuts them into the trained tensors, once per batch and not once per
+    They are cut into the trained tensors once per assignment of `vectors`, and not once per
     decode step; assign them again after changing their values.
 
     Attributes:
-        tensors: `[rows, *shape]` per (module path, tensor name), each contiguous: rows that lie
-            a multiple of 4 KiB apart would push each other out of the processor's cache.
+        version: grows with every assignment.
     """
 
     def __init__(self, layout: AdapterLayout) -> None:
         self._layout = layout
         self._vectors: Float[Tensor, "rows num_params"] | None = None
-        self.tensors: dict[tuple[str, str], Tensor] = {}
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+        self.version = 0
 
     @property
     def vectors(self) -> Float[Tensor, "rows num_params"] | None:
@@ -48,10 +48,21 @@ class AdapterRows:
     @vectors.setter
     def vectors(self, vectors: Float[Tensor, "rows num_params"] | None) -> None:
         self._vectors = vectors
-        self.tensors = {}
-        if vectors is not None:
-            for key, entry in self._layout.spans.items():
-                self.tensors[key] = vectors[:, entry.span].contiguous().view(-1, *entry.shape)
+        self._tensors = {}
+        self.version += 1
+
+    def get_tensor(self, module: str, tensor: str) -> Float[Tensor, "rows ..."]:
+        """A trained tensor of every row, contiguous.
+
+        Rows that lie a multiple of 4 KiB apart would push each other out of the processor's cache.
+        """
+        key = (module, tensor)
+        if key not in self._tensors:
+            assert self._vectors is not None, "the base alone has no adapter"
+            entry = self._layout.spans[key]
+            part = self._vectors[:, entry.span].contiguous()
+            self._tensors[key] = part.view(-1, *entry.shape)
+        return self._tensors[key]
 
 
 class AdaptedLinear(nn.Module):
@@ -119,7 +130,7 @@ class AdaptedLinear(nn.Module):
 
     def _project(self, hidden: Float[Tensor, "leading tokens i"], tensor: str) -> Tensor:
         """`hidden @ T^T` with each input row's own tensor `T [o, i]`, or one for all."""
-        own = _cast(self.rows.tensors[self.module.path, tensor], hidden.dtype)
+        own = _cast(self.rows.get_tensor(self.module.path, tensor), hidden.dtype)
         rows, leading = own.shape[0], hidden.shape[0]
         if rows == 1:
             return hidden @ own[0].mT
@@ -144,6 +155,53 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+class StackedCores:
+    """`R^T` of every row, block-diagonal over the modules of a group, for groups of one size.
+
+    Made for all groups at once, once per assignment of rows: a hundred small copies would take
+    longer than the products of a decode step.
+
+    Args:
+        rows: which adapters.
+        layout: of kind `core`.
+        groups: paths of the modules of each group.
+        dtype: that the rows must have.
+    """
+
+    def __init__(
+        self,
+        rows: AdapterRows,
+        layout: AdapterLayout,
+        groups: Sequence[Sequence[str]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._rows = rows
+        self._rank = layout.rank
+        self._dtype = dtype
+        first = [[layout.spans[path, "core"].offset for path in paths] for paths in groups]
+        self._places = torch.tensor(first)[..., None] + torch.arange(layout.rank**2)
+        self._version = 0  # of the rows that `_blocks` are of
+        self._blocks: Float[Tensor, "groups rows n_r n_r"] | None = None
+
+    def get(self, group: int) -> Float[Tensor, "rows n_r n_r"] | None:
+        """Of one group; None where there are no rows, or rows of another dtype."""
+        if self._rows.version != self._version:
+            self._version = self._rows.version
+            self._blocks = self._stack(self._rows.vectors)
+        return None if self._blocks is None else self._blocks[group]
+
+    def _stack(self, vectors: Tensor | None) -> Tensor | None:
+        if vectors is None or vectors.dtype != self._dtype:
+            return None
+        self._places = self._places.to(vectors.device)
+        (groups, modules, _), rows, rank = self._places.shape, len(vectors), self._rank
+        cores = vectors[:, self._places].view(rows, groups, modules, rank, rank)
+        blocks = vectors.new_zeros(groups, rows, modules, rank, modules, rank)
+        for module in range(modules):
+            blocks[:, :, module, :, module] = cores[:, :, module].mT.transpose(0, 1)
+        return blocks.view(groups, rows, modules * rank, modules * rank)
+
+
 class DecodeGroup:
     """Modules with the same input, whose outputs serving computes together (kind `core`).
 
@@ -153,15 +211,16 @@ class DecodeGroup:
     same tensor; else they compute their own.
 
     Args:
-        rows: which adapters.
         modules: that take the same input.
+        cores: of the rows, and which of its groups this is.
         packs: whether their weights are copied into another layout, where that pays; else the
             modules share the memory of the group's.
     """
 
-    def __init__(self, rows: AdapterRows, modules: Sequence[AdaptedLinear], *, packs: bool) -> None:
-        self._rows = rows
-        self._keys = [(module.module.path, "core") for module in modules]
+    def __init__(
+        self, modules: Sequence[AdaptedLinear], cores: tuple[StackedCores, int], *, packs: bool
+    ) -> None:
+        self._cores, self._number = cores
         self._few_dtype = modules[0].few_dtype
         weights = [module.base.weight for module in modules]
         dtype = weights[0].dtype
@@ -178,9 +237,8 @@ class DecodeGroup:
             if not self.is_packed:  # then the memory is shared
                 span = together[start : start + length, : module.module.in_features]
                 module.base.weight = nn.Parameter(span, requires_grad=False)
-        self._tensors: dict[tuple[str, str], Tensor] = {}  # of the rows that `_cores` are of
-        self._cores: Float[Tensor, "rows n_r n_r"] | None = None  # None: not for these rows
-        self._input: Tensor | None = None
+        self._input: Tensor | None = None  # that `_outputs` are of
+        self._version = 0  # the same
         self._outputs: Float[Tensor, "rows tokens outs"] | None = None
 
     @property
@@ -194,16 +252,16 @@ class DecodeGroup:
         None where gradients are wanted or there is not one adapter for every row, or where the
         group's first module was given another input.
         """
-        if self._rows.tensors is not self._tensors:
-            self._stack_cores()
         if module.position > 0:
-            if x is not self._input or self._outputs is None:
+            is_current = self._version == module.rows.version
+            if x is not self._input or self._outputs is None or not is_current:
                 return None
             part = self._outputs.narrow(2, *self._spans[module.position])
             if module.position == len(self._spans) - 1:  # a prompt's would stay in every layer
                 self._input = self._outputs = None
             return part
-        cores, size = self._cores, x.shape
+        self._input = self._outputs = None
+        cores, size = self._cores.get(self._number), x.shape
         if cores is None or len(size) != 3 or size[0] != cores.shape[0]:
             return None
         if torch.is_grad_enabled():
@@ -215,20 +273,8 @@ class DecodeGroup:
         outputs = self._together.multiply(together)  # [rows, tokens, outs]
         if len(self._spans) == 1:
             return outputs
-        self._input, self._outputs = x, outputs
+        self._input, self._outputs, self._version = x, outputs, module.rows.version
         return outputs.narrow(2, *self._spans[0])
-
-    def _stack_cores(self) -> None:
-        """`R^T` of every row, block-diagonal over the modules, once per assignment of rows."""
-        self._tensors, self._cores, self._input = self._rows.tensors, None, None
-        cores = [self._tensors[key].mT for key in self._keys]
-        if cores[0].dtype != self._few_dtype:
-            return
-        rows, rank, _ = cores[0].shape
-        self._cores = cores[0].new_zeros(rows, len(cores) * rank, len(cores) * rank)
-        for position, core in enumerate(cores):
-            span = slice(position * rank, (position + 1) * rank)
-            self._cores[:, span, span] = core
 
 
 class Attachment:
@@ -248,13 +294,19 @@ class Attachment:
     def _group_modules(self, *, packs: bool) -> None:
         """Groups modules that their parent feeds alike; the others are groups of one."""
         left = dict(self._adapted)
+        by_size: dict[int, list[list[AdaptedLinear]]] = {}
         for path in self._adapted:
             parent, _, role = path.rpartition(".")
             alike = next((roles for roles in SHARED_INPUTS if role in roles), (role,))
             names = [f"{parent}.{each}" if parent else each for each in alike]
             modules = [left.pop(name) for name in names if name in left]
             if modules and all(module.base.bias is None for module in modules):
-                DecodeGroup(self.rows, modules, packs=packs)
+                by_size.setdefault(len(modules), []).append(modules)
+        for groups in by_size.values():
+            paths = [[module.module.path for module in modules] for modules in groups]
+            cores = StackedCores(self.rows, self.layout, paths, groups[0][0].few_dtype)
+            for number, modules in enumerate(groups):
+                DecodeGroup(modules, (cores, number), packs=packs)
 
     def prepare_serving(self, model: nn.Module) -> None:
         """Makes decode steps fast: packs a small model's weights, computes alike modules together.
@@ -262,7 +314,8 @@ class Attachment:
         Results stay the same up to rounding. The model can no longer be trained or detached.
         """
         if self.layout.kind is AdapterKind.CORE:
-            self._group_modules(packs=is_small(model))
+            dtype = next(iter(self._adapted.values())).weight.dtype
+            self._group_modules(packs=is_small(model) and dtype == torch.bfloat16)
         pack_linears(model)
 
     def detach(self, model: nn.Module) -> None:

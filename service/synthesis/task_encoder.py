@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from service.errors import InvalidBundleError, InvalidInputError, MissingDependencyError
 from service.synthesis.packages import package_folder
+from service.synthesis.packed_weight import pack_linears
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,6 +65,7 @@ class OpenClipTextEncoder:
         # The text side alone; the image tower of a text encoder is never run.
         clip.visual = None  # a CLIP without its vision tower still encodes text
         self._clip = clip.eval().requires_grad_(False).to(self.device)
+        pack_linears(self._clip, torch.float32)
         self.encoder_id = f"open_clip_text/{model}/{weights}"
         self.dim = self.encode(["probe"]).shape[1]
 

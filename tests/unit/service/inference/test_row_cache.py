@@ -22,7 +22,7 @@ def test_steps_give_the_logits_of_each_row_alone(tmp_path: Path, lengths: list[i
     def join(row: int, length: int) -> None:
         read = DynamicCache(config=model.config)
         model(torch.tensor([texts[row][:length]]), past_key_values=read, use_cache=True)
-        cache.append(read, 0, length)
+        cache.append(read, [0], [length])
 
     def step() -> None:
         ids = [texts[row][length] for row, length in zip(rows, cache.lengths, strict=True)]
@@ -64,7 +64,7 @@ def test_a_row_gets_nothing_of_a_failed_one_that_had_its_memory(tmp_path: Path) 
         for layer in read.layers:
             layer.keys.mul_(factor)
             layer.values.mul_(factor)
-        cache.append(read, 0, length)
+        cache.append(read, [0], [length])
     cache.remove(1, wipe=True)  # the row of 5 tokens takes the place
     positions, mask = cache.begin_step()
     logits = model(

@@ -56,12 +56,23 @@ def test_gradients_flow_past_the_packed_weight() -> None:
     assert x.grad is not None
 
 
-def test_float32_is_left_alone() -> None:
-    assert not can_pack(normal(4, 4))
+def test_linears_of_another_dtype_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16())
     pack_linears(model)
     assert [type(layer) for layer in model] == [nn.Linear, PackedLinear]
     assert model[1].weight.dtype == torch.bfloat16
+    assert not can_pack(normal(4, 4).half())
+
+
+def test_float32_is_multiplied_as_it_is() -> None:
+    linear = nn.Linear(64, 96)
+    model = nn.Sequential(linear)
+    pack_linears(model, torch.float32)
+    assert type(model[0]) is PackedLinear
+    for rows in (1, 4, 40):
+        x = normal(rows, 64, seed=rows)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), linear(x), atol=1e-6, rtol=1e-6)
 
 
 def test_between_float16_copies_a_language_model_computes_in_float32(
