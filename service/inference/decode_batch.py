@@ -21,7 +21,7 @@ from service.inference.completion import (
 )
 from service.inference.logprobs import LogprobReader
 from service.inference.row_cache import RowCache
-from service.inference.sampling import sample_token
+from service.inference.sampling import find_best_tokens, sample_token
 from service.synthesis.attachment import Attachment
 
 
@@ -246,7 +246,7 @@ class DecodeBatch:
         self, rows: Sequence[DecodeRow], logits: Float[Tensor, "rows vocab"]
     ) -> None:
         """Gives every row its next token."""
-        scores, greedy = (values.tolist() for values in logits.max(dim=-1))
+        scores, greedy = (values.tolist() for values in find_best_tokens(logits))
         for index, row in enumerate(rows):
             request, token = row.request, greedy[index]
             if not -float("inf") < scores[index] < float("inf"):  # NaN as well

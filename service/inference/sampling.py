@@ -1,11 +1,16 @@
 """Choice of the next token: greedy, or sampled from the nucleus."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _NUCLEUS_GUESS = 512
 """Tokens looked at before all are sorted: 0.1 ms instead of 3 ms for 49,152 on a CPU."""
+
+PART_TOKENS = 256
+"""Tokens of the vocabulary that are looked at together, where it is a multiple of so many."""
 
 _SMALLEST_TEMPERATURE = 1e-37
 """What float32 can divide by: a smaller number is zero there, and 0 / 0 is no score."""
@@ -54,3 +59,19 @@ def select_nucleus(
     mass_before = top.double().cumsum(dim=-1) - top.double()
     size = max(1, int((mass_before < top_p).sum()))
     return top[:size], tokens[:size]
+
+
+def find_best_tokens(
+    logits: Float[Tensor, "rows vocab"],
+) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Highest logit of every row and its first token; NaN where a row holds one.
+
+    As `logits.max(dim=-1)`, which looks at one value after the other on a CPU. The highest value
+    of each of a few hundred parts takes a vector at a time (16 rows: a fifth of the time).
+    """
+    rows, vocab = logits.shape
+    parts = logits.reshape(rows, -1, math.gcd(vocab, PART_TOKENS))
+    part = parts.amax(dim=-1).argmax(dim=-1)  # [rows]
+    chosen = parts[torch.arange(rows, device=logits.device), part]  # [rows, tokens of a part]
+    score, token = chosen.max(dim=-1)
+    return score, part * parts.shape[-1] + token

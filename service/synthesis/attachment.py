@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdaptedModule, AdapterKind, AdapterLayout
-from service.synthesis.packed_weight import PackedWeight, is_small, pack_linears
+from service.synthesis.packed_weight import (
+    SHARED_INPUTS,
+    JointOutputs,
+    PackedWeight,
+    is_small,
+    pack_linears,
+)
 
 FEW_TOKENS = 64
 """Up to this many tokens, a decode step, the update is computed in `choose_few_dtype`."""
-
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Roles of transformers' models that one parent feeds with the same input."""
 
 
 class AdapterRows:
@@ -207,8 +210,7 @@ class DecodeGroup:
 
     A decode step's products are so small that their number is what costs. With `h = R A x` of all
     modules, one product `[x; h] [W; B]^T` gives the outputs of all (`B` block-diagonal), updates
-    included. The first module computes, the others take their part if they are given the very
-    same tensor; else they compute their own.
+    included: `JointOutputs`.
 
     Args:
         modules: that take the same input.
@@ -229,17 +231,13 @@ class DecodeGroup:
         together = torch.cat([torch.cat(weights), up.to(dtype)], dim=1)  # [outs, in + n * r]
         self._down = torch.cat([module.frozen_a for module in modules], dim=1)  # [in, n * r]
         self._together = PackedWeight(together, packs=packs)
-        self._spans: list[tuple[int, int]] = []  # (start, length) of each module's output
-        for position, module in enumerate(modules):
-            start, length = sum(self._spans[-1]) if self._spans else 0, module.module.out_features
-            self._spans.append((start, length))
+        lengths = [module.module.out_features for module in modules]
+        self._joint = JointOutputs(lengths)
+        parts = together[:, : modules[0].module.in_features].split(lengths)  # type: ignore[no-untyped-call]
+        for position, (module, part) in enumerate(zip(modules, parts, strict=True)):
             module.group, module.position = self, position
             if not self.is_packed:  # then the memory is shared
-                span = together[start : start + length, : module.module.in_features]
-                module.base.weight = nn.Parameter(span, requires_grad=False)
-        self._input: Tensor | None = None  # that `_outputs` are of
-        self._version = 0  # the same
-        self._outputs: Float[Tensor, "rows tokens outs"] | None = None
+                module.base.weight = nn.Parameter(part, requires_grad=False)
 
     @property
     def is_packed(self) -> bool:
@@ -252,15 +250,10 @@ class DecodeGroup:
         None where gradients are wanted or there is not one adapter for every row, or where the
         group's first module was given another input.
         """
+        version = module.rows.version
         if module.position > 0:
-            is_current = self._version == module.rows.version
-            if x is not self._input or self._outputs is None or not is_current:
-                return None
-            part = self._outputs.narrow(2, *self._spans[module.position])
-            if module.position == len(self._spans) - 1:  # a prompt's would stay in every layer
-                self._input = self._outputs = None
-            return part
-        self._input = self._outputs = None
+            return self._joint.take(module.position, x, version)
+        self._joint.drop()
         cores, size = self._cores.get(self._number), x.shape
         if cores is None or len(size) != 3 or size[0] != cores.shape[0]:
             return None
@@ -270,11 +263,7 @@ class DecodeGroup:
         hidden = torch.mm(flat, self._down)  # [rows * tokens, n * r]
         hidden = torch.bmm(hidden.view(size[0], size[1], -1), cores).to(x.dtype)
         together = torch.cat([x, hidden], dim=2)  # [rows, tokens, in + n * r]
-        outputs = self._together.multiply(together)  # [rows, tokens, outs]
-        if len(self._spans) == 1:
-            return outputs
-        self._input, self._outputs, self._version = x, outputs, module.rows.version
-        return outputs.narrow(2, *self._spans[0])
+        return self._joint.keep(x, self._together.multiply(together), version)
 
 
 class Attachment:

@@ -13,10 +13,12 @@ after every product would take a tenth of the step of one row, so a language mod
 in float32 from its embeddings on (`widen_activations`).
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +27,9 @@ MAX_BYTES = 2 * 2**30
 
 _ROWS = 16
 """Rows of the product that the layout is chosen for; any number works."""
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Roles of transformers' models that one parent feeds with the same input."""
 
 _MAX_FLOAT16 = torch.finfo(torch.float16).max
 
@@ -73,6 +78,50 @@ class PackedWeight:
         return y.to(x.dtype)
 
 
+class JointOutputs:
+    """Outputs that several modules have of the same input, computed together by the first.
+
+    The others take their parts if they are given the very same tensor; else they compute their own.
+
+    Args:
+        lengths: of the modules' outputs.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._spans = [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
+        self._input: Tensor | None = None
+        self._version = 0
+        self._outputs: Float[Tensor, "*leading outs"] | None = None
+
+    def keep(
+        self, x: Tensor, outputs: Float[Tensor, "*leading outs"], version: int = 0
+    ) -> Float[Tensor, "*leading out"]:
+        """Keeps what was computed for the others, and returns the first module's part.
+
+        Args:
+            x: the input.
+            outputs: of all modules, side by side.
+            version: of whatever else the outputs depend on.
+        """
+        if len(self._spans) == 1:
+            return outputs
+        self._input, self._outputs, self._version = x, outputs, version
+        return outputs.narrow(-1, *self._spans[0])
+
+    def take(self, position: int, x: Tensor, version: int = 0) -> Tensor | None:
+        """The part of a module after the first; None where it was not computed."""
+        if x is not self._input or self._outputs is None or version != self._version:
+            return None
+        part = self._outputs.narrow(-1, *self._spans[position])
+        if position == len(self._spans) - 1:  # a prompt's would stay in every layer
+            self.drop()
+        return part
+
+    def drop(self) -> None:
+        """Forgets what was kept."""
+        self._input = self._outputs = None
+
+
 class PackedLinear(nn.Module):
     """A frozen linear layer on a packed weight."""
 
@@ -91,6 +140,40 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`."""
         return self._packed.multiply(x, self.bias)
+
+
+class JointLinear(nn.Module):
+    """One of several frozen linear layers with the same input, on one packed weight of all.
+
+    Args:
+        base: without bias.
+        packed: weights of all layers, one below the other.
+        joint: what the layers share.
+        position: of this layer among them.
+    """
+
+    def __init__(
+        self, base: nn.Linear, packed: PackedWeight, joint: JointOutputs, position: int
+    ) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._packed, self._joint, self._position = packed, joint, position
+
+    @property
+    def is_half(self) -> bool:
+        """As `PackedWeight.is_half`."""
+        return self._packed.is_half
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        if not torch.is_grad_enabled():
+            if self._position == 0:
+                return self._joint.keep(x, self._packed.multiply(x))
+            part = self._joint.take(self._position, x)
+            if part is not None:
+                return part
+        return functional.linear(x, self.weight.to(x.dtype))
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -133,9 +216,30 @@ def pack_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """
     if not is_small(model):
         return
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.weight.dtype == dtype and can_pack(module.weight):
+    plain = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and module.weight.dtype == dtype and can_pack(module.weight)
+    }
+    for path in plain:
+        parent, _, role = path.rpartition(".")
+        roles = next((roles for roles in SHARED_INPUTS if role == roles[0]), (role,))
+        paths = [f"{parent}.{each}" if parent else each for each in roles]
+        group = [plain[each] for each in paths if each in plain]
+        if len(group) == len(paths) > 1 and all(each.bias is None for each in group):
+            _join_linears(model, dict(zip(paths, group, strict=True)))
+    for path, module in plain.items():
+        if model.get_submodule(path) is module:
             model.set_submodule(path, PackedLinear(module), strict=True)
+
+
+def _join_linears(model: nn.Module, group: Mapping[str, nn.Linear]) -> None:
+    packed = PackedWeight(torch.cat([module.weight for module in group.values()]))
+    if not packed.is_packed:
+        return
+    joint = JointOutputs([module.out_features for module in group.values()])
+    for position, (path, module) in enumerate(group.items()):
+        model.set_submodule(path, JointLinear(module, packed, joint, position), strict=True)
 
 
 def widen_activations(model: Any) -> None:
@@ -144,8 +248,9 @@ def widen_activations(model: Any) -> None:
     Args:
         model: of transformers; its linears are packed.
     """
-    linears = [each for each in model.modules() if isinstance(each, (nn.Linear, PackedLinear))]
-    if not linears or not all(isinstance(each, PackedLinear) and each.is_half for each in linears):
+    packed = (PackedLinear, JointLinear)
+    linears = [each for each in model.modules() if isinstance(each, (nn.Linear, *packed))]
+    if not linears or not all(isinstance(each, packed) and each.is_half for each in linears):
         return
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms, biases

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
-from service.inference.sampling import sample_token, select_nucleus
+from service.inference.sampling import find_best_tokens, sample_token, select_nucleus
 from tests.fixtures.kernel import PROPERTY, normal
 
 
@@ -77,3 +77,15 @@ def test_tiny_changes_of_the_logits_hardly_ever_change_a_draw() -> None:
 
 def test_bfloat16_logits_are_fine() -> None:
     assert draw(normal(100).bfloat16(), 5, top_p=0.9)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 96, 512, 49_152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_best_tokens_are_those_of_max(vocab: int, dtype: torch.dtype) -> None:
+    logits = normal(5, vocab).to(dtype)
+    score, token = find_best_tokens(logits)
+    assert torch.equal(score, logits.amax(1))
+    assert token.tolist() == [row.index(max(row)) for row in logits.tolist()]  # first of equal ones
+    logits[2, vocab // 2] = torch.nan
+    score, _ = find_best_tokens(logits)
+    assert score.isnan().tolist() == [False, False, True, False, False]
