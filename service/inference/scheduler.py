@@ -27,8 +27,8 @@ from service.threads import release_workers
 
 T = TypeVar("T")
 
-_WARM_SECONDS = 0.05
-"""How long an idle thread keeps its torch workers: requests often follow a generation at once."""
+_WARM_SECONDS = 2.0
+"""How long an idle thread keeps its torch workers: a request after that pays 10 ms for new ones."""
 
 _DEADLINE_SHARE = 0.8
 """Of its deadline, how much a request may be estimated to need: the rest is for the estimate."""
