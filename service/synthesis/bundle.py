@@ -6,6 +6,7 @@
     bases.safetensors           frozen bases shared by all adapters (float16)
     statistics.safetensors      normaliser: mean adapter, scale per tensor
     task_vectors.safetensors    training descriptions' task vectors, row i of task `owner[i]`
+    example_vectors.safetensors training tasks by example, in bundles for tasks by example texts
     base/                       the base model, where the bundle ships its own
 
 The bundle's digest is the sha256 of bundle.json, which pins every byte of it. No adapter that
@@ -29,13 +30,16 @@ from service.errors import (
     BaseModelMismatchError,
     IcmLoraError,
     InvalidBundleError,
+    InvalidInputError,
     TaskEncoderMismatchError,
 )
 from service.synthesis.bases import AdapterBases
 from service.synthesis.cvae import build_decoder
+from service.synthesis.example_tasks import MAX_EXAMPLE_TOKENS, ExampleVectors
 from service.synthesis.generator_config import GeneratorConfig
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
+from service.synthesis.task_encoder import identify_hidden_states
 
 FORMAT_VERSION = 1
 
@@ -43,6 +47,9 @@ BASE_FOLDER = "base"
 """Folder inside a bundle that ships its own base model (reference `bundle:base`)."""
 
 _FILES = ("decoder", "bases", "statistics", "task_vectors")
+
+_EXAMPLES = "example_vectors"
+"""The file that a bundle may have besides."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Bundle:
         similarity_quantiles: sorted similarities of left-out training wordings to their own
             task's other wordings.
         provenance: recipe, seeds and commit that made it.
+        examples: the training tasks by example; None in a bundle that takes no example texts.
     """
 
     folder: Path
@@ -100,6 +108,7 @@ class Bundle:
     owner: Int[Tensor, " wordings"]
     similarity_quantiles: Float[Tensor, " quantiles"]
     provenance: Mapping[str, Any]
+    examples: ExampleVectors | None = None
 
     def check_base(self, base_digest: str) -> None:
         """Refuses a base model other than the one that training used.
@@ -144,6 +153,7 @@ def write_bundle(
     owner: Int[Tensor, " wordings"],
     similarity_quantiles: Float[Tensor, " quantiles"],
     provenance: Mapping[str, Any],
+    examples: ExampleVectors | None = None,
 ) -> Bundle:
     """Writes a bundle and reads it back; bundle.json is written last, so half a bundle is none.
 
@@ -165,11 +175,10 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "bundle.json"
     manifest.unlink(missing_ok=True)
+    (folder / f"{_EXAMPLES}.safetensors").unlink(missing_ok=True)
     digests: dict[str, str] = {}
     for stem in _FILES:
-        body = save({key: tensor.cpu().contiguous() for key, tensor in contents[stem].items()})
-        (folder / f"{stem}.safetensors").write_bytes(body)
-        digests[f"{stem}.safetensors"] = hashlib.sha256(body).hexdigest()
+        digests[f"{stem}.safetensors"] = _write_file(folder, stem, contents[stem])
     for path in _list_base(folder):
         digests[path.relative_to(folder).as_posix()] = _hash_file(path)
     document = {
@@ -187,13 +196,57 @@ def write_bundle(
         "provenance": dict(provenance),
         "files": digests,
     }
+    if examples is not None:
+        _add_examples(folder, document, examples)
+    _write_manifest(folder, document)
+    return read_bundle(folder)
+
+
+def extend_bundle(
+    folder: Path, examples: ExampleVectors, *, version: str, provenance: Mapping[str, Any]
+) -> Bundle:
+    """Adds example vectors to a bundle, which becomes another one: of a new version and digest.
+
+    Args:
+        folder: of a valid bundle without any.
+        examples: of its tasks, in their order.
+        version: of what it becomes.
+        provenance: what made the vectors; put beside what made the bundle, as `examples`.
+
+    Raises:
+        InvalidBundleError: the bundle is not valid, before or afterwards.
+        InvalidInputError: it has example vectors.
+    """
+    if read_bundle(folder).examples is not None:
+        raise InvalidInputError(f"the bundle in {folder} has example vectors already")
+    document = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    document["version"] = version
+    document["provenance"]["examples"] = dict(provenance)
+    _add_examples(folder, document, examples)
+    _write_manifest(folder, document)
+    return read_bundle(folder)
+
+
+def _add_examples(folder: Path, document: dict[str, Any], examples: ExampleVectors) -> None:
+    digest = _write_file(folder, _EXAMPLES, examples.state_dict())
+    document["files"][f"{_EXAMPLES}.safetensors"] = digest
+    document["examples"] = {"encoder": examples.encoder_id}
+
+
+def _write_file(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Writes one file of tensors and returns its sha256."""
+    body = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+    (folder / f"{stem}.safetensors").write_bytes(body)
+    return hashlib.sha256(body).hexdigest()
+
+
+def _write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
     scratch = folder / ".bundle.json.partial"
     scratch.write_text(
         json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
-    scratch.replace(manifest)
-    return read_bundle(folder)
+    scratch.replace(folder / "bundle.json")
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -214,7 +267,9 @@ def read_bundle(folder: Path) -> Bundle:
                 f"bundle format {document['format_version']} is not {FORMAT_VERSION}: "
                 "use the release that wrote it, or train it again"
             )
-        state = {stem: _read_file(folder, stem, document["files"]) for stem in _FILES}
+        has_examples = f"{_EXAMPLES}.safetensors" in document["files"]
+        stems = [*_FILES, *([_EXAMPLES] if has_examples else [])]
+        state = {stem: _read_file(folder, stem, document["files"]) for stem in stems}
         _check_base_files(folder, document["files"])
         return _assemble(folder, document, state, hashlib.sha256(raw).hexdigest())
     except InvalidBundleError:
@@ -308,4 +363,18 @@ def _assemble(
         owner=owner,
         similarity_quantiles=quantiles.sort().values,
         provenance=document["provenance"],
+        examples=_read_examples(document, state[_EXAMPLES]) if _EXAMPLES in state else None,
     )
+
+
+def _read_examples(document: Mapping[str, Any], state: Mapping[str, Tensor]) -> ExampleVectors:
+    """The example vectors of a bundle, which serving must be able to make alike."""
+    examples = ExampleVectors.from_state_dict(state, document["examples"]["encoder"])
+    encoder_id = identify_hidden_states(document["base"]["digest"], MAX_EXAMPLE_TOKENS)
+    if examples.encoder_id != encoder_id:
+        raise InvalidBundleError(
+            f"the example vectors were made by {examples.encoder_id}, not {encoder_id}"
+        )
+    if len(examples.vectors) != len(document["tasks"]):
+        raise InvalidBundleError("the example vectors do not belong to the bundle's tasks")
+    return examples

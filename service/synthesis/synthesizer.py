@@ -19,6 +19,7 @@ from torch import Tensor
 
 from service.errors import IcmLoraError, InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.example_tasks import ExampleTasks, ExampleTexts, merge_task_vectors
 from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
 from service.synthesis.novelty import NoveltyScale, draw_nonsense
 from service.synthesis.row_decoding import decode_rows
@@ -63,8 +64,8 @@ class AdapterRecipe:
         temperature: standard deviation of z; 0 in mode `mode`.
         strength: factor on the whole update; 1 is as generated.
         bundle_digest: generator that makes it.
-        examples: sha256 of the example images that describe the task instead of words, which
-            are then empty; empty for a task in words.
+        examples: sha256 of the examples that describe the task: images instead of words, which
+            are then empty; texts instead of words or beside them. Empty for a task in words.
     """
 
     tenant: str
@@ -131,6 +132,35 @@ class AdapterRecipe:
         )
 
     @classmethod
+    def build_from_texts(
+        cls,
+        examples: ExampleTexts,
+        *,
+        task: str | None = None,
+        bundle_digest: str,
+        mode: str = "mode",
+        seed: int = 0,
+        temperature: float = 1.0,
+        strength: float = 1.0,
+        tenant: str = "public",
+    ) -> "AdapterRecipe":
+        """As `build`, for a task that example texts describe, with words beside them or without.
+
+        Raises:
+            InvalidInputError: words that are empty or too long, or a number out of range.
+        """
+        return cls._build(
+            "" if task is None else normalize_description(task),
+            examples.digest,
+            bundle_digest,
+            mode,
+            seed,
+            temperature,
+            strength,
+            tenant,
+        )
+
+    @classmethod
     def _build(
         cls,
         task: str,
@@ -188,8 +218,11 @@ class AdapterRecipe:
             raise InvalidInputError(f"malformed adapter recipe: {error}") from error
 
 
-SynthesisOrder = tuple[AdapterRecipe, Sequence["Image"] | None]
-"""A recipe and, where it was built from some, its example images."""
+Examples = Sequence["Image"] | Float[Tensor, " hidden"]
+"""Example images; or what the base makes of example texts, the mean of their hidden states."""
+
+SynthesisOrder = tuple[AdapterRecipe, Examples | None]
+"""A recipe and, where it was built from some, its examples."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +243,8 @@ class SynthesizedAdapter:
         nearest: training tasks by falling similarity.
         in_distribution: how much of a task the description is, 0 to 1, on the scale of training
             tasks that are left out (`service.synthesis.novelty`): below `THRESHOLD`, unlike
-            anything trained on.
+            anything trained on. Of words with example texts, the lesser of both: nonsense beside
+            good examples is still nonsense.
         seconds: time of the stages `encode` and `decode`.
     """
 
@@ -274,6 +308,9 @@ class Synthesizer:
         device: where the decoder runs.
         image_encoder: reads example images, for bundles that take them.
 
+    Attributes:
+        example_tasks: reads the hidden state of example texts, for bundles that take them.
+
     Raises:
         TaskEncoderMismatchError: the encoder is not the one that the bundle was trained with.
     """
@@ -289,6 +326,11 @@ class Synthesizer:
         self.bundle = bundle
         self.encoder = encoder
         self.image_encoder = image_encoder
+        self.example_tasks = (
+            None
+            if bundle.examples is None
+            else ExampleTasks(bundle.examples, bundle.task_vectors, bundle.owner)
+        )
         nonsense = torch.zeros(0, encoder.dim)
         with contextlib.suppress(InvalidInputError):  # an encoder that reads images only
             nonsense = torch.cat([encoder.encode([text]) for text in draw_nonsense()])
@@ -297,19 +339,19 @@ class Synthesizer:
         self._decoder = bundle.decoder.to(self._device)
 
     def synthesize(
-        self, recipe: AdapterRecipe, images: Sequence["Image"] | None = None
+        self, recipe: AdapterRecipe, examples: Examples | None = None
     ) -> SynthesizedAdapter:
         """Generates one recipe's adapter; blocking.
 
         Args:
             recipe: what to generate.
-            images: the example images, where the recipe was built from some.
+            examples: of the task, where the recipe was built from some.
 
         Raises:
-            InvalidInputError: the recipe is another bundle's, or the bundle takes no images.
+            InvalidInputError: the recipe is another bundle's, or the bundle takes no such examples.
             InvalidAdapterError: the result is not finite in float16.
         """
-        (result,) = self.synthesize_batch([(recipe, images)])
+        (result,) = self.synthesize_batch([(recipe, examples)])
         if isinstance(result, IcmLoraError):
             raise result
         return result
@@ -324,7 +366,7 @@ class Synthesizer:
         batches on a CPU, so nothing is risked there.
 
         Args:
-            orders: recipes, each with its example images where it was built from some.
+            orders: recipes, each with its examples where it was built from some.
 
         Returns:
             For each order its adapter, or the error that its caller should see (as
@@ -332,11 +374,12 @@ class Synthesizer:
         """
         results: list[SynthesizedAdapter | IcmLoraError | None] = [None] * len(orders)
         task_vectors: dict[int, Tensor] = {}
+        scores: dict[int, float] = {}
         encode_seconds: dict[int, float] = {}
-        for index, (recipe, images) in enumerate(orders):
+        for index, (recipe, examples) in enumerate(orders):
             started = time.perf_counter()
             try:
-                task_vectors[index] = self._encode(recipe, images)
+                task_vectors[index], scores[index] = self._read_task(recipe, examples)
             except IcmLoraError as error:
                 results[index] = error
             encode_seconds[index] = time.perf_counter() - started
@@ -348,21 +391,20 @@ class Synthesizer:
             task_vectors.items(), recipes, decoded, strict=True
         ):
             seconds = {"encode": encode_seconds[index], "decode": decode_seconds}
-            results[index] = self._finish(recipe, task_vector, vector, seconds)
+            results[index] = self._finish(recipe, task_vector, scores[index], vector, seconds)
         return [result for result in results if result is not None]
 
     def _finish(
         self,
         recipe: AdapterRecipe,
         task_vector: Tensor,
+        score: float,
         vector: Tensor,
         seconds: Mapping[str, float],
     ) -> SynthesizedAdapter | IcmLoraError:
         if not torch.isfinite(vector).all():
             return InvalidAdapterError("the generated adapter is not finite: lower the strength")
-        nearest = self._rank_tasks(task_vector)
-        score = self._novelty.score(task_vector, nearest[0].similarity)
-        return SynthesizedAdapter(recipe, vector, nearest, score, seconds)
+        return SynthesizedAdapter(recipe, vector, self._rank_tasks(task_vector), score, seconds)
 
     def score(self, task: str) -> float:
         """The in-distribution score of a description, 0 to 1.
@@ -370,8 +412,7 @@ class Synthesizer:
         Raises:
             InvalidInputError: an empty or over-long description.
         """
-        task_vector = self.encoder.encode([normalize_description(task)])[0]
-        return self._novelty.score(task_vector, self._rank_tasks(task_vector)[0].similarity)
+        return self._score(self.encoder.encode([normalize_description(task)])[0])
 
     def similarity(self, task: str) -> float:
         """Cosine of a description to the nearest training wording, -1 to 1.
@@ -386,17 +427,47 @@ class Synthesizer:
         task = next(task for task in self.bundle.tasks if task.name == name)
         return normalize_description(task.descriptions[0])
 
-    def _encode(self, recipe: AdapterRecipe, images: Sequence["Image"] | None) -> Tensor:
+    def _read_task(
+        self, recipe: AdapterRecipe, examples: Examples | None
+    ) -> tuple[Float[Tensor, " dim"], float]:
+        """The task vector of a recipe, and how much of a task it is."""
         if recipe.bundle_digest != self.bundle.digest:
             raise InvalidInputError("the recipe belongs to another bundle")
         if not recipe.examples:
-            return self.encoder.encode([recipe.task])[0]
+            task_vector = self.encoder.encode([recipe.task])[0]
+            return task_vector, self._score(task_vector)
+        assert examples is not None, "a recipe of examples came without them"
+        if not isinstance(examples, Tensor):
+            task_vector = self._encode_images(examples)
+            return task_vector, self._score(task_vector)
+        known = self.need_example_tasks()
+        task_vector, score = known.find_task_vector(examples), known.score(examples)
+        if recipe.task:
+            words = self.encoder.encode([recipe.task])[0]
+            return merge_task_vectors(words, task_vector), min(score, self._score(words))
+        return task_vector, score
+
+    def _encode_images(self, images: Sequence["Image"]) -> Float[Tensor, " dim"]:
         if self.image_encoder is None:
             raise InvalidInputError(
                 f"bundle {self.bundle.name} has no image encoder: describe the task in words"
             )
-        assert images, "a recipe of example images came without them"
         return self.image_encoder.encode_examples(images)
+
+    def need_example_tasks(self) -> ExampleTasks:
+        """What reads example texts.
+
+        Raises:
+            InvalidInputError: the bundle takes none.
+        """
+        if self.example_tasks is None:
+            raise InvalidInputError(
+                f"bundle {self.bundle.name} has no example vectors: describe the task in words"
+            )
+        return self.example_tasks
+
+    def _score(self, task_vector: Float[Tensor, " dim"]) -> float:
+        return self._novelty.score(task_vector, self._rank_tasks(task_vector)[0].similarity)
 
     def decode(self, task_vector: Float[Tensor, " dim"]) -> Float[Tensor, " num_params"]:
         """The adapter of a task vector: of the mode of z, and strength 1."""

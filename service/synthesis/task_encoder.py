@@ -127,7 +127,7 @@ class HiddenStateEncoder:
         self._model = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self.encoder_id = f"hidden_states/{base_digest}/{max_tokens}"
+        self.encoder_id = identify_hidden_states(base_digest, max_tokens)
         self.dim = int(model.config.hidden_size)
 
     def encode(self, descriptions: Sequence[str]) -> Float[Tensor, "batch dim"]:
@@ -143,6 +143,17 @@ class HiddenStateEncoder:
         if not samples:
             raise InvalidInputError("a task by example needs at least one text")
         total = torch.zeros(self.dim)
+        for state in self.read_states(samples):
+            total += state
+        return functional.normalize(total / len(samples), dim=0)
+
+    def read_states(self, samples: Sequence[str]) -> Float[Tensor, "samples dim"]:
+        """`h_n` of each sample, as the model gives it; float32, on the CPU.
+
+        Raises:
+            InvalidInputError: an empty sample.
+        """
+        rows: list[Tensor] = []
         device = next(self._model.parameters()).device
         for sample in samples:
             ids = self._tokenizer(sample)["input_ids"][: self._max_tokens]
@@ -155,8 +166,13 @@ class HiddenStateEncoder:
                     use_cache=False,
                     logits_to_keep=1,
                 )
-            total += output.hidden_states[-1][0, -1].float().cpu()
-        return functional.normalize(total / len(samples), dim=0)
+            rows.append(output.hidden_states[-1][0, -1].float().cpu())
+        return torch.stack(rows)
+
+
+def identify_hidden_states(base_digest: str, max_tokens: int) -> str:
+    """The id of an encoder by hidden states: of which base, and of how much of a sample."""
+    return f"hidden_states/{base_digest}/{max_tokens}"
 
 
 def build_task_encoder(spec: Mapping[str, Any], device: str = "cpu") -> TaskEncoder:

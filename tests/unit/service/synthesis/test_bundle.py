@@ -15,12 +15,19 @@ from torch import Tensor
 from service.errors import (
     BaseModelMismatchError,
     InvalidBundleError,
+    InvalidInputError,
     TaskEncoderMismatchError,
 )
-from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.bundle import Bundle, extend_bundle, read_bundle
 from service.synthesis.generator_config import GeneratorConfig
 from service.synthesis.layout import AdapterKind
-from tests.fixtures.kernel import BASE_DIGEST, TASKS, normal, write_word_bundle
+from tests.fixtures.kernel import (
+    BASE_DIGEST,
+    TASKS,
+    draw_example_vectors,
+    normal,
+    write_word_bundle,
+)
 
 FILES = ("decoder", "bases", "statistics", "task_vectors")
 
@@ -309,3 +316,108 @@ def test_another_encoder_is_refused(pristine: Bundle) -> None:
 
     with pytest.raises(TaskEncoderMismatchError, match="needs encoder words/16, not words/17"):
         pristine.check_encoder("words/17")
+
+
+# ---------------------------------------------------------------- tasks by example
+
+EXAMPLES = "example_vectors"
+
+
+def extend(folder: Path) -> Bundle:
+    return extend_bundle(
+        folder, draw_example_vectors(), version="0.1.0", provenance={"made_by": "this test"}
+    )
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_example_vectors_come_back(tmp_path: Path, pristine: Bundle) -> None:
+    written = write_word_bundle(tmp_path / "bundle", examples=draw_example_vectors())
+    bundle, known = read_bundle(tmp_path / "bundle"), draw_example_vectors()
+
+    assert bundle.digest == written.digest != pristine.digest
+    assert bundle.examples is not None
+    assert bundle.examples.encoder_id == f"hidden_states/{BASE_DIGEST}/256"
+    for name in ("vectors", "nonsense", "left_out"):
+        torch.testing.assert_close(getattr(bundle.examples, name), getattr(known, name))
+    assert bundle.examples.temperature == pytest.approx(known.temperature)
+    body = (tmp_path / "bundle" / f"{EXAMPLES}.safetensors").read_bytes()
+    listed = json.loads((tmp_path / "bundle/bundle.json").read_text())["files"]
+    assert listed[f"{EXAMPLES}.safetensors"] == hashlib.sha256(body).hexdigest()
+
+
+def test_a_bundle_without_example_vectors_says_nothing_of_them(folder: Path) -> None:
+    assert read_bundle(folder).examples is None
+    assert "example" not in (folder / "bundle.json").read_text()
+
+
+def test_a_bundle_written_without_them_over_one_with_them_has_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_word_bundle(tmp_path / "again", examples=draw_example_vectors())
+    write_word_bundle(tmp_path / "again")
+    assert read_files(tmp_path / "again") == read_files(folder)
+
+
+def test_an_extended_bundle_is_another_one_and_its_other_files_are_the_same(folder: Path) -> None:
+    before, files = read_bundle(folder), read_files(folder)
+
+    after = extend(folder)
+
+    assert after.digest != before.digest
+    assert (after.version, after.name) == ("0.1.0", before.name)
+    assert after.examples is not None
+    assert after.provenance == {"made_by": "a test", "examples": {"made_by": "this test"}}
+    changed = {name for name, body in read_files(folder).items() if files.get(name) != body}
+    assert changed == {"bundle.json", f"{EXAMPLES}.safetensors"}
+    with pytest.raises(InvalidInputError, match="has example vectors already"):
+        extend(folder)
+
+
+@pytest.mark.parametrize("name", ["example_vectors.safetensors", "bundle.json"])
+def test_an_extension_that_is_cut_short_leaves_the_bundle_as_it_was(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_bundle(folder).digest
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace" if name == "bundle.json" else "write_bytes", fail)
+        with pytest.raises(KeyboardInterrupt):
+            extend(folder)
+
+    assert read_bundle(folder).digest == before
+    assert extend(folder).examples is not None
+
+
+def test_example_vectors_that_cannot_be_trusted_are_refused(folder: Path) -> None:
+    extend(folder)
+    path = folder / f"{EXAMPLES}.safetensors"
+    body, manifest = path.read_bytes(), (folder / "bundle.json").read_text()
+
+    path.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    with pytest.raises(InvalidBundleError, match="does not match its sha256"):
+        read_bundle(folder)
+    path.unlink()
+    with pytest.raises(InvalidBundleError, match="is missing"):
+        read_bundle(folder)
+    path.write_bytes(body)
+    edit_manifest(folder, lambda document: document["examples"].update(encoder="another"))
+    with pytest.raises(InvalidBundleError, match="were made by another, not hidden_states/"):
+        read_bundle(folder)
+    for edit, message in (
+        (lambda state: state | {"vectors": state["vectors"][:2].clone()}, "the bundle's tasks"),
+        (lambda state: state | {"nonsense": state["nonsense"][:, :2].clone()}, "of shapes"),
+        (lambda state: state | {"temperature": torch.tensor(0.0)}, "temperature 0"),
+        (lambda state: state | {"left_out": torch.tensor([torch.nan])}, "is not finite"),
+        (lambda state: {"vectors": state["vectors"]}, "malformed"),
+    ):
+        path.write_bytes(body)
+        (folder / "bundle.json").write_text(manifest)
+        edit_tensors(folder, EXAMPLES, edit)
+        with pytest.raises(InvalidBundleError, match=message):
+            read_bundle(folder)
