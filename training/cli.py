@@ -101,6 +101,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("bundle", type=Path, nargs="?", default=REPOSITORY_BUNDLE)
     inspect.set_defaults(command=_inspect_bundle)
 
+    extend = actions.add_parser(
+        "add-examples",
+        help="have a text bundle take tasks by example: reads its training texts with its base",
+    )
+    extend.add_argument("bundle", type=Path, metavar="BUNDLE", help="becomes another version")
+    extend.add_argument(
+        "--samples", type=int, default=16, metavar="N", help="training documents per task"
+    )
+    extend.set_defaults(command=_add_examples)
+    _add_threads(extend)
+
     evaluate = add("evaluate", _evaluate, "score a bundle on held-out data")
     evaluate.add_argument("--suite", choices=sorted(SUITE_BUNDLES), default="text")
     evaluate.add_argument("--bundle", type=Path, help="default: the shipped one of the suite")
@@ -145,7 +156,16 @@ def build_parser() -> argparse.ArgumentParser:
     generate = add(
         "generate", _generate, "make an adapter: here, as a PEFT directory, or on a server"
     )
-    generate.add_argument("task", help='for example "Continue in the style of a recipe."')
+    generate.add_argument(
+        "task", nargs="?", help='for example "Continue in the style of a recipe."'
+    )
+    generate.add_argument(
+        "--example",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="--server: texts like those to write, instead of words or beside them",
+    )
     generate.add_argument("--out", type=Path, metavar="DIR", help="needed without --server")
     generate.add_argument("--bundle", type=Path, help="without --server: which generator")
     generate.add_argument("--mode", choices=["mode", "sample"], default="mode")
@@ -257,6 +277,14 @@ def _make_bundle(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_examples(arguments: argparse.Namespace) -> int:
+    from training.add_examples import add_examples
+
+    bundle = add_examples(arguments.bundle, arguments.samples)
+    print(f"bundle {bundle.name} {bundle.version} {bundle.digest} in {arguments.bundle}")
+    return 0
+
+
 def _inspect_bundle(arguments: argparse.Namespace) -> int:
     from service.synthesis.bundle import read_bundle
 
@@ -277,6 +305,7 @@ def _inspect_bundle(arguments: argparse.Namespace) -> int:
         ("commit", str(bundle.provenance.get("commit"))),
         ("recipe", str(bundle.provenance.get("recipe_digest"))),
         ("tasks", ", ".join(task.name for task in bundle.tasks)),
+        ("by example", "no" if bundle.examples is None else bundle.examples.encoder_id),
     ]
     print("\n".join(f"{name:<16} {value}" for name, value in rows))
     return 0
@@ -335,6 +364,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         return generate_on_server(arguments)
     if arguments.out is None or arguments.json or arguments.out_of_distribution:
         raise InvalidInputError("name a folder with --out, or a service with --server")
+    if arguments.example is not None:
+        raise InvalidInputError("examples are read by a service: name one with --server")
+    if arguments.task is None:
+        raise InvalidInputError("describe the task in words")
     from service.adapters.peft_format import write_peft_directory
     from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
 

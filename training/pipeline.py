@@ -18,6 +18,7 @@ from service.synthesis.attachment import Attachment
 from service.synthesis.bases import AdapterBases
 from service.synthesis.bundle import Bundle, BundleTask, write_bundle
 from service.synthesis.cvae import ConditionalVAE
+from service.synthesis.example_tasks import ExampleVectors
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, build_synthesizer
@@ -31,6 +32,7 @@ from training.adapters import (
 from training.checkpoint import read_tensors, write_tensors
 from training.detection_examples import build_detection_loss
 from training.detector import train_detector
+from training.example_vectors import encode_examples
 from training.functional import train_functionally
 from training.generator import build_generator, train_generator
 from training.progress import track_job
@@ -280,9 +282,18 @@ class Pipeline:
                 "recipe_digest": recipe.digest,
                 "commit": describe_commit(),
             },
+            examples=self._encode_examples(),
         )
         self._write_seed_adapters(bundle, vectors)
         return bundle
+
+    def _encode_examples(self) -> ExampleVectors | None:
+        """The tasks by example, where the recipe asks for them."""
+        section = self.run.recipe.examples
+        if section is None:
+            return None
+        texts = [task for task in self.tasks if isinstance(task, TextTask)]
+        return encode_examples(self.base, texts, section.num_samples)
 
     def _read_generator(self, seed: int, vectors: TaskVectors) -> ConditionalVAE:
         path = self._generator_path(seed)

@@ -186,6 +186,14 @@ class EvaluationSection(_Section):
     )
 
 
+class ExamplesSection(_Section):
+    """`[examples]`: makes the bundle take tasks by example texts."""
+
+    num_samples: int = Field(
+        default=16, ge=2, description="training documents that the base reads per task"
+    )
+
+
 class BundleSection(_Section):
     """`[bundle]`: what is handed to serving."""
 
@@ -208,6 +216,7 @@ class Recipe(_Section):
     context: ContextSection | None = None
     functional: FunctionalSection | None = None
     evaluation: EvaluationSection | None = None
+    examples: ExamplesSection | None = None
     bundle: BundleSection
 
     @model_validator(mode="after")
@@ -217,6 +226,8 @@ class Recipe(_Section):
         is_detection = self.tasks.source.partition(":")[0] in DETECTION_SOURCES
         if is_detection != (self.detection is not None):
             raise ValueError(f"[detection] goes with the sources {', '.join(DETECTION_SOURCES)}")
+        if is_detection and self.examples is not None:
+            raise ValueError("[examples] goes with tasks of text")
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +116,11 @@ def generate_on_server(arguments: argparse.Namespace) -> int:
         options |= {"seed": arguments.seed, "temperature": arguments.temperature}
     if arguments.out_of_distribution is not None:
         options["out_of_distribution"] = arguments.out_of_distribution
+    if arguments.task is None and arguments.example is None:
+        raise InvalidInputError("describe the task in words, or name files with --example")
+    examples = None if arguments.example is None else _read_texts(arguments.example)
     with open_client(arguments) as client:
-        adapter = client.generate(arguments.task, **options)
+        adapter = client.generate(arguments.task, examples=examples, **options)
         if arguments.out is not None:
             _unpack(client.download_adapter(adapter.adapter_id), arguments.out)
     nearest = ", ".join(f"{task.name} {task.similarity:.3f}" for task in adapter.nearest[:3])
@@ -130,6 +133,13 @@ def generate_on_server(arguments: argparse.Namespace) -> int:
         lines.append(f"PEFT directory in {arguments.out}")
     _print_result(arguments, adapter, "\n".join(lines))
     return 0
+
+
+def _read_texts(paths: Sequence[Path]) -> list[str]:
+    try:
+        return [path.read_text(encoding="utf-8") for path in paths]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"an example cannot be read: {error}") from error
 
 
 def _add_group(commands: Any, name: str, text: str) -> Any:

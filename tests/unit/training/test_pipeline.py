@@ -1,16 +1,21 @@
 """All stages in one process: finished work is kept, and kills change no byte of the bundle."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import training.generator
 import training.pipeline
-from service.errors import InvalidRecipeError
+from service.errors import InvalidBundleError, InvalidInputError, InvalidRecipeError
+from service.synthesis.bundle import read_bundle
 from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
+from training.add_examples import add_examples
 from training.checkpoint import read_tensors
 from training.pipeline import Pipeline
 from training.recipe import Recipe
@@ -144,3 +149,47 @@ def test_a_stage_says_which_one_must_come_before_it(recipe: Recipe, tmp_path: Pa
         pipeline.train_generator()
     with pytest.raises(InvalidRecipeError, match="run `icm-lora generator` first"):
         pipeline.make_bundle()
+
+
+def test_a_bundle_takes_tasks_by_example_from_its_run_or_afterwards(
+    finished: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    asked = Recipe.model_validate({**recipe.to_json(), "examples": {"num_samples": 4}})
+    made = open_pipeline(Path(shutil.copytree(finished, tmp_path / "run")), asked).make_bundle()
+    folder = Path(shutil.copytree(finished / "bundle", tmp_path / "bundle"))
+    before = read_bundle(folder)
+    assert before.examples is None
+
+    after = add_examples(folder, num_samples=4)
+
+    assert made.examples is not None
+    assert after.examples is not None
+    assert len(made.examples.vectors) == 2
+    assert torch.equal(after.examples.vectors, made.examples.vectors)
+    assert after.examples.temperature == made.examples.temperature
+    assert (before.version, after.version) == ("0.0.1", "0.1.0")
+    assert after.digest != before.digest
+    provenance = after.provenance["examples"]
+    assert (provenance["added_to"], provenance["num_samples"]) == (before.digest, 4)
+    with pytest.raises(InvalidInputError, match="has example vectors already"):
+        add_examples(folder, num_samples=4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        ({"version": "first"}, InvalidInputError, "'first' is not of the form"),
+        ({"modality": "detection"}, InvalidInputError, "is not for text"),
+        ({"provenance": {}}, InvalidBundleError, "does not say which texts"),
+    ],
+)
+def test_a_bundle_that_cannot_take_them_is_left_as_it_is(
+    finished: Path, tmp_path: Path, edit: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    folder = Path(shutil.copytree(finished / "bundle", tmp_path / "bundle"))
+    manifest = folder / "bundle.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **edit}))
+    before = read_files(folder)
+    with pytest.raises(error, match=message):
+        add_examples(folder, num_samples=4)
+    assert read_files(folder) == before

@@ -273,3 +273,20 @@ def test_a_section_cannot_be_changed_once_read() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         section.epochs = 5
+
+
+def test_tasks_by_example_are_a_section_that_other_recipes_do_not_show(tmp_path: Path) -> None:
+    plain = read_recipe("smoke")
+    asked = read_recipe(spoil(tmp_path, lambda body: body.update(examples={})))
+    assert plain.examples is None
+    assert "examples" not in plain.to_json()
+    assert asked.examples is not None
+    assert asked.examples.num_samples == 16
+    assert asked.digest != plain.digest
+
+    def ask_for_detection(body: dict[str, Any]) -> None:
+        make_detection(body)
+        body["examples"] = {}
+
+    with pytest.raises(InvalidRecipeError, match=r"\[examples\] goes with tasks of text"):
+        read_recipe(spoil(tmp_path, ask_for_detection))
