@@ -176,6 +176,27 @@ class Scheduler(Generic[RequestT, AnswerT]):
         Returns:
             None where requests run or wait, or the thread has ended.
         """
+        with self._changed:
+            if not self._is_open or self._running or len(self._queue) or self._calls:
+                return None
+            return self._call(function)
+
+    def run_between_steps(self, function: Callable[[], T]) -> Future[T]:
+        """Runs a function on the inference thread, between two steps where requests run.
+
+        They wait for it: it must be as short as a step. There is one such function a step, whoever
+        asked first.
+
+        Raises:
+            NotReadyError: not started, or shutting down.
+        """
+        with self._changed:
+            if not self._is_open:
+                raise NotReadyError("the service takes no requests now: try another replica")
+            return self._call(function)
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        """Has the inference thread run a function; called with the lock held."""
         future: Future[T] = Future()
 
         def call() -> None:
@@ -186,11 +207,8 @@ class Scheduler(Generic[RequestT, AnswerT]):
             except BaseException as error:  # whatever it is, it is the waiter's to see
                 future.set_exception(error)
 
-        with self._changed:
-            if not self._is_open or self._running or len(self._queue) or self._calls:
-                return None
-            self._calls.append(call)
-            self._changed.notify_all()
+        self._calls.append(call)
+        self._changed.notify_all()
         return future
 
     def running_adapters(self) -> list[str | None]:
@@ -331,7 +349,7 @@ class Scheduler(Generic[RequestT, AnswerT]):
 
     def _run(self) -> None:
         while (jobs := self._collect()) is not None:
-            while self._calls:
+            if self._calls:
                 self._calls.popleft()()
             try:
                 self._step(jobs)
@@ -354,10 +372,8 @@ class Scheduler(Generic[RequestT, AnswerT]):
                 if not self._changed.wait_for(self._has_work, _WARM_SECONDS):
                     release_workers()  # others may compute meanwhile
                     self._changed.wait_for(self._has_work)
-                if self._calls:
-                    return []
                 if not len(self._queue):
-                    return None
+                    return [] if self._calls else None
                 if self._batch_window_seconds > 0:
                     self._changed.wait_for(
                         lambda: len(self._queue) >= self._max_batch_rows or not self._is_open,

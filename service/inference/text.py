@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import DynamicCache
 
 from service.adapters.slot_bank import SlotLease
@@ -124,6 +127,30 @@ class TextEngine(AdapterHost[CompletionRequest, Completion]):
             self._finish(self._batch.step())
         for row in self._batch.rows:
             self._report(row)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of texts that are read at once, padding included."""
+        return self._prefill_tokens
+
+    @torch.inference_mode()
+    def read_states(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "texts hidden"]:
+        """Last hidden state of each text's last token, as the base gives it without any adapter.
+
+        For the inference thread, between two steps. Texts are padded on the right, where no token
+        looks; so what a text gets does not depend on the others, up to rounding.
+
+        Args:
+            texts: tokens of each, at least one.
+        """
+        width, pad_id = max(len(text) for text in texts), self._tokenizer.pad_token_id
+        ids = [[*text, *[pad_id] * (width - len(text))] for text in texts]
+        self._attachment.rows.vectors = None  # every forward of the batch sets its own
+        hidden = self._base.model.base_model(
+            input_ids=torch.tensor(ids, device=self._base.device), use_cache=False
+        ).last_hidden_state  # [texts, tokens, hidden]
+        last = torch.tensor([len(text) - 1 for text in texts], device=hidden.device)
+        return hidden[torch.arange(len(texts), device=hidden.device), last].float().cpu()  # type: ignore[no-any-return]
 
     def abort(self) -> None:
         """Lets go of all rows; their tickets are not resolved."""

@@ -697,3 +697,44 @@ def test_an_idle_thread_runs_short_functions_and_a_busy_one_refuses_them(kit: En
         assert scheduler.run_if_idle(lambda: None) is None  # it has ended
 
     asyncio.run(scenario())
+
+
+def test_functions_run_one_a_step_beside_what_runs_and_at_once_where_nothing_does(
+    kit: EngineKit,
+) -> None:
+    async def scenario() -> None:
+        observed = Observed()
+        steps: list[int] = []
+        step = kit.engine.step
+
+        def count_step() -> None:
+            steps.append(0)
+            step()
+
+        async with run_scheduler(kit, observed) as scheduler:
+            idle = [scheduler.run_between_steps(threading.get_ident) for _ in range(3)]
+            names = {await asyncio.wrap_future(each) for each in idle}
+            assert len(names) == 1
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kit.engine, "step", count_step)
+                long = await start_long(kit, scheduler, observed)
+                calls = [scheduler.run_between_steps(lambda: len(steps)) for _ in range(5)]
+                failing = scheduler.run_between_steps(lambda: 1 // 0)
+                seen = [await asyncio.wrap_future(each) for each in calls]
+                with pytest.raises(ZeroDivisionError):
+                    await asyncio.wrap_future(failing)
+                assert len((await long).text) == LONG
+            assert seen == list(range(seen[0], seen[0] + 5))
+        with pytest.raises(NotReadyError):
+            scheduler.run_between_steps(lambda: None)
+
+    asyncio.run(scenario())
+
+
+def test_functions_that_wait_are_run_before_a_drained_thread_ends(kit: EngineKit) -> None:
+    async def scenario() -> None:
+        async with run_scheduler(kit, Observed()) as scheduler:
+            calls = [scheduler.run_between_steps(lambda: time.sleep(0.02)) for _ in range(5)]
+        assert all(each.done() for each in calls)
+
+    asyncio.run(scenario())
