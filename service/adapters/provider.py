@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -19,10 +19,12 @@ from service.errors import (
     NotCachedError,
     NotReadyError,
 )
-from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, Synthesizer
+from service.synthesis.example_tasks import ExampleTexts
+from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, Examples, Synthesizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 CachePolicy = Literal["use", "bypass", "only"]
 """`use`: caches, then synthesis. `bypass`: synthesis without reading a cache (the result is
@@ -34,6 +36,12 @@ tasks, for a request that rejects the others."""
 
 Reservation = Callable[[str, str, int], AbstractContextManager[None]]
 """Holds room for a tenant's adapter, by its id and size in bytes, while the block runs."""
+
+ReadTexts = Callable[[ExampleTexts], Awaitable["Tensor"]]
+"""What the base makes of example texts: the mean of their hidden states."""
+
+SentExamples = ExampleTexts | Sequence["Image"]
+"""Examples of a task as they were sent: texts or images."""
 
 CacheOutcome = Literal["hit", "miss", "coalesced", "degraded", "bypass"]
 
@@ -53,8 +61,9 @@ class Provided:
         tier: where a hit was found, else None.
         degraded: Redis is configured, and a read or write of it failed for this adapter or
             it was known to be down. Without a configured Redis nothing is degraded.
-        seconds: duration by stage: `lookup`, `queue` (for the synthesis thread), those of the
-            synthesizer (`encode`, `decode`), `store`; `wait` for another request or process.
+        seconds: duration by stage: `lookup`, `read_examples` (texts, by the base), `queue` (for the
+            synthesis thread), those of the synthesizer (`encode`, `decode`), `store`; `wait` for
+            another request or process.
     """
 
     record: AdapterRecord
@@ -81,6 +90,7 @@ class AdapterProvider:
         max_batch: most recipes of one decoder forward.
         on_batch: told the size of every batch, on the event loop.
         reserve_bytes: holds room for what may enter this process; raises where there is none.
+        read_texts: reads example texts, for bundles that take them.
     """
 
     def __init__(
@@ -92,9 +102,11 @@ class AdapterProvider:
         max_batch: int = MAX_BATCH,
         on_batch: Callable[[int], None] | None = None,
         reserve_bytes: Reservation = lambda tenant, adapter_id, size_bytes: nullcontext(),
+        read_texts: ReadTexts | None = None,
     ) -> None:
         self._layout = synthesizer.bundle.layout
         self._reserve_bytes = reserve_bytes
+        self._read_texts = read_texts
         self._cache = cache
         self._batches = SynthesisBatches(
             synthesizer,
@@ -113,7 +125,7 @@ class AdapterProvider:
         policy: CachePolicy = "use",
         keep: KeepPolicy = "all",
         ttl_seconds: float,
-        images: Sequence["Image"] | None = None,
+        examples: SentExamples | None = None,
     ) -> Provided:
         """The adapter of a recipe.
 
@@ -123,7 +135,7 @@ class AdapterProvider:
             keep: what is stored.
             ttl_seconds: lifetime in the caches of an adapter generated now. One that is found
                 there keeps the expiry it has; a shared synthesis takes the first request's.
-            images: the example images, where the recipe was built from some.
+            examples: those that the recipe was built from, where it was.
 
         Raises:
             InvalidInputError: `ttl_seconds` is not positive or not finite.
@@ -143,7 +155,7 @@ class AdapterProvider:
         if policy == "only":
             return await self._provide_cached(recipe)
         return await self._join_flight(
-            recipe, (recipe.adapter_id, policy, keep), ttl_seconds, images
+            recipe, (recipe.adapter_id, policy, keep), ttl_seconds, examples
         )
 
     async def get(self, adapter_id: str) -> AdapterRecord:
@@ -202,7 +214,7 @@ class AdapterProvider:
         recipe: AdapterRecipe,
         key: _FlightKey,
         ttl_seconds: float,
-        images: Sequence["Image"] | None,
+        examples: SentExamples | None,
     ) -> Provided:
         # No await between finding no flight and starting one: there is never a second.
         start = time.perf_counter()
@@ -217,7 +229,7 @@ class AdapterProvider:
             )
         if self._closed:
             raise NotReadyError("the service is shutting down")
-        flight = asyncio.create_task(self._fly(recipe, key, ttl_seconds, images))
+        flight = asyncio.create_task(self._fly(recipe, key, ttl_seconds, examples))
         self._flights[key] = flight
         flight.add_done_callback(lambda _: self._land(key))
         return await asyncio.shield(flight)
@@ -236,11 +248,11 @@ class AdapterProvider:
         recipe: AdapterRecipe,
         key: _FlightKey,
         ttl_seconds: float,
-        images: Sequence["Image"] | None,
+        examples: SentExamples | None,
     ) -> Provided:
         _, policy, keep = key
         with self._reserve(recipe):  # also where every waiter has gone away
-            return await self._provide_new(recipe, policy, keep, ttl_seconds, images)
+            return await self._provide_new(recipe, policy, keep, ttl_seconds, examples)
 
     async def _provide_new(
         self,
@@ -248,7 +260,7 @@ class AdapterProvider:
         policy: CachePolicy,
         keep: KeepPolicy,
         ttl_seconds: float,
-        images: Sequence["Image"] | None,
+        examples: SentExamples | None,
     ) -> Provided:
         seconds: dict[str, float] = {}
         outcome: CacheOutcome = "bypass"
@@ -270,7 +282,7 @@ class AdapterProvider:
                 token = turn.token
                 outcome = "degraded" if turn.degraded else "miss"
         try:
-            record = await self._synthesize(recipe, images, seconds)
+            record = await self._synthesize(recipe, examples, seconds)
             not_stored = False
             if keep == "all" or is_in_distribution(record):
                 start = time.perf_counter()
@@ -284,10 +296,18 @@ class AdapterProvider:
     async def _synthesize(
         self,
         recipe: AdapterRecipe,
-        images: Sequence["Image"] | None,
+        examples: SentExamples | None,
         seconds: dict[str, float],
     ) -> AdapterRecord:
-        adapter = await self._batches.synthesize(recipe, images)
+        read: Examples | None
+        if isinstance(examples, ExampleTexts):
+            assert self._read_texts is not None, "the bundle takes no example texts"
+            start = time.perf_counter()
+            read = await self._read_texts(examples)
+            seconds["read_examples"] = time.perf_counter() - start
+        else:
+            read = examples
+        adapter = await self._batches.synthesize(recipe, read)
         seconds.update(adapter.seconds)
         record = AdapterRecord.from_synthesized(adapter, self._layout)
         await self._cache.check(record)

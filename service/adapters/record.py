@@ -95,7 +95,7 @@ class AdapterRecord:
 
     @property
     def regenerable(self) -> bool:
-        """Whether the recipe alone makes it again; example images are not kept."""
+        """Whether the recipe alone makes it again; examples are not kept."""
         return self.recipe is not None and not self.recipe.examples
 
     @property

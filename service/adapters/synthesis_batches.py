@@ -5,14 +5,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from service.errors import IcmLoraError, QueueFullError
-from service.synthesis.synthesizer import AdapterRecipe, SynthesizedAdapter, Synthesizer
+from service.synthesis.synthesizer import (
+    AdapterRecipe,
+    Examples,
+    SynthesizedAdapter,
+    Synthesizer,
+)
 from service.threads import Computations
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MAX_BATCH = 4
 """Recipes of one decoder forward. Equal bytes leave a batch little to share (the shipped text
@@ -23,7 +24,7 @@ for all when it ends for the last: larger ones would only make the first wait lo
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     recipe: AdapterRecipe
-    images: Sequence["Image"] | None
+    examples: Examples | None
     since: float
     done: asyncio.Future[SynthesizedAdapter]
 
@@ -61,7 +62,7 @@ class SynthesisBatches:
         self._worker: asyncio.Task[None] | None = None
 
     async def synthesize(
-        self, recipe: AdapterRecipe, images: Sequence["Image"] | None
+        self, recipe: AdapterRecipe, examples: Examples | None
     ) -> SynthesizedAdapter:
         """The adapter, its stages including `queue`: the wait for the thread.
 
@@ -72,7 +73,7 @@ class SynthesisBatches:
         if self._num_pending >= self._max_pending:
             raise QueueFullError(f"{self._num_pending} adapters are waiting to be generated")
         done: asyncio.Future[SynthesizedAdapter] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(recipe, images, time.perf_counter(), done))
+        self._waiting.append(_Waiting(recipe, examples, time.perf_counter(), done))
         self._num_pending += 1
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
@@ -105,7 +106,7 @@ class SynthesisBatches:
 
     def _run(self, batch: Sequence[_Waiting]) -> list[SynthesizedAdapter | Exception]:
         started = time.perf_counter()
-        orders = [(waiting.recipe, waiting.images) for waiting in batch]
+        orders = [(waiting.recipe, waiting.examples) for waiting in batch]
         return [
             result
             if isinstance(result, IcmLoraError)

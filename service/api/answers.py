@@ -16,7 +16,7 @@ from service.api.schemas import (
     RecipeInfo,
 )
 from service.synthesis.bundle import Bundle
-from service.synthesis.synthesizer import Synthesizer
+from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
 
 MAX_NEAREST_TASKS = 5
 
@@ -65,7 +65,7 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
         else RecipeInfo(
             task=recipe.task,
             examples=recipe.examples,
-            encoder=_name_encoder(service.synthesizer, by_example=bool(recipe.examples)),
+            encoder=_name_encoder(service.synthesizer, recipe),
             mode=recipe.mode.value,
             seed=recipe.seed,
             temperature=recipe.temperature,
@@ -88,9 +88,13 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
     )
 
 
-def _name_encoder(synthesizer: Synthesizer, *, by_example: bool) -> str:
-    images = synthesizer.image_encoder
-    return images.encoder_id if by_example and images else synthesizer.encoder.encoder_id
+def _name_encoder(synthesizer: Synthesizer, recipe: AdapterRecipe) -> str:
+    """What read the task; of words with examples, both."""
+    by_example = synthesizer.example_tasks or synthesizer.image_encoder
+    names = [synthesizer.encoder.encoder_id] if recipe.task else []
+    if recipe.examples and by_example is not None:
+        names.append(by_example.encoder_id)
+    return " + ".join(names)
 
 
 def to_milliseconds(seconds: Mapping[str, float], total_seconds: float) -> dict[str, float]:

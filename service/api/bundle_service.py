@@ -7,10 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
-from PIL.Image import Image
-
 from service.adapters.distribution import Decision, OutOfDistribution, decide
-from service.adapters.provider import AdapterProvider, CachePolicy, KeepPolicy, Provided
+from service.adapters.provider import (
+    AdapterProvider,
+    CachePolicy,
+    KeepPolicy,
+    Provided,
+    SentExamples,
+)
 from service.adapters.record import AdapterRecord
 from service.adapters.slot_bank import SlotLease
 from service.api.quotas import Quotas, TokenReservation
@@ -87,7 +91,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
         recipe: AdapterRecipe,
         policy: CachePolicy = "use",
         ttl_seconds: int | None = None,
-        images: Sequence[Image] | None = None,
+        examples: SentExamples | None = None,
         keep: KeepPolicy = "all",
     ) -> tuple[Provided, dict[str, float]]:
         """The adapter of a recipe, counted in the metrics, and its stages in seconds.
@@ -101,7 +105,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
         with trace("provide") as span:
             try:
                 provided = await self.provider.provide(
-                    recipe, policy=policy, keep=keep, ttl_seconds=ttl_seconds, images=images
+                    recipe, policy=policy, keep=keep, ttl_seconds=ttl_seconds, examples=examples
                 )
             except QueueFullError:
                 self.metrics.on_rejection("synthesis_queue_full")
@@ -121,7 +125,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
         out_of_distribution: OutOfDistribution | None = None,
         policy: CachePolicy = "use",
         ttl_seconds: int | None = None,
-        images: Sequence[Image] | None = None,
+        examples: SentExamples | None = None,
         *,
         needs_adapter: bool = False,
     ) -> TaskAnswer:
@@ -132,7 +136,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
             out_of_distribution: the policy; None: the service's.
             policy: what caches are for.
             ttl_seconds: as `provide`.
-            images: as `provide`.
+            examples: as `provide`.
             needs_adapter: the base cannot answer, so that `base` is to reject.
 
         Raises:
@@ -142,7 +146,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
         if needs_adapter and chosen is OutOfDistribution.BASE:
             chosen = OutOfDistribution.REJECT
         keep: KeepPolicy = "in_distribution" if chosen is OutOfDistribution.REJECT else "all"
-        provided, seconds = await self.provide(recipe, policy, ttl_seconds, images, keep)
+        provided, seconds = await self.provide(recipe, policy, ttl_seconds, examples, keep)
         try:
             decision = decide(provided.record, chosen)
         except OutOfDistributionError:

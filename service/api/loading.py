@@ -25,6 +25,7 @@ from service.errors import InvalidBundleError
 from service.inference.base_model import BUNDLED_BASE, BaseModel, load_base_model
 from service.inference.detection import DetectionEngine
 from service.inference.engine import AnswerT, Engine, RequestT
+from service.inference.example_reader import ExampleReader
 from service.inference.probe import capture_probe
 from service.inference.scheduler import Scheduler
 from service.inference.text import TextEngine
@@ -172,11 +173,18 @@ def _start_service(
     )
     _watch_slots(modality, engine.slots, metrics)
     model_name = bundle.base_reference if modality == "text" else None  # vLLM's names are for it
+    scheduler: Scheduler[Any, Any] = _start_scheduler(
+        modality, engine, settings, metrics, aliases, model_name
+    )
+    reader: ExampleReader | None = None
+    if bundle.examples is not None and isinstance(engine, TextEngine):
+        reader = ExampleReader(engine, scheduler.run_between_steps)
     provider = AdapterProvider(
         models.synthesizer,
         cache,
         on_batch=metrics.on_generation_batch,
         reserve_bytes=quotas.reserve_bytes,
+        read_texts=None if reader is None else reader.read,
     )
     return BundleService(
         modality,
@@ -185,7 +193,7 @@ def _start_service(
         models.synthesizer,
         provider,
         engine,
-        _start_scheduler(modality, engine, settings, metrics, aliases, model_name),
+        scheduler,
         quotas,
     )
 

@@ -46,7 +46,20 @@ class ModalityChoice:
         self._remembered.move_to_end(task)
         return self._remembered[task]
 
-    def choose_by_example(self) -> Modality:
+    def choose_by_texts(self) -> Modality:
+        """The modality of example texts: text, where its bundle takes some.
+
+        Raises:
+            InvalidInputError: it does not, or is not served.
+        """
+        synthesizer = self._synthesizers.get("text")
+        if synthesizer is None or synthesizer.example_tasks is None:
+            raise InvalidInputError(
+                "no bundle that is served takes example texts: describe the task in words"
+            )
+        return "text"
+
+    def choose_by_images(self) -> Modality:
         """The modality of example images: of a bundle that takes some, rather detection.
 
         Raises:

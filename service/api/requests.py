@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from service.adapters.distribution import OutOfDistribution
+from service.synthesis.example_tasks import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLE_TEXTS
 from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 BASE_ADAPTER_ID = "base"
@@ -18,7 +19,7 @@ MAX_SEED = 2**63 - 1
 MAX_TTL_SECONDS = 31_536_000
 MAX_TEMPERATURE = 2.0
 MAX_STRENGTH = 4.0
-MAX_EXAMPLES = 16
+MAX_EXAMPLE_IMAGES = 16
 MAX_BEAMS = 5
 MAX_BOXES = 64
 
@@ -29,6 +30,7 @@ IMAGE_FIELDS = ("render", "num_beams", "max_boxes", "score_threshold")
 """Fields of `/infer` that mean nothing without one."""
 
 EXAMPLE_TASK = "Continue the text in the style of a cooking recipe."
+_EXAMPLE_TEXT = "Apple crumble\n\nPreheat the oven to 180 C. Peel four apples and slice them."
 EXAMPLE_DETECTION = "Detect the sofa in the image."
 _EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
@@ -61,7 +63,7 @@ class RequestModel(BaseModel):
 
 
 class GenerateRequest(RequestModel):
-    """A task in words or by example images, and how to turn it into an adapter."""
+    """A task in words, by example or both, and how to turn it into an adapter."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -69,6 +71,7 @@ class GenerateRequest(RequestModel):
                 {"task": EXAMPLE_TASK},
                 {"task": EXAMPLE_TASK, "mode": "sample", "seed": 7, "ttl_seconds": 3600},
                 {"task": EXAMPLE_DETECTION, "modality": "detection"},
+                {"examples": [_EXAMPLE_TEXT], "modality": "text"},
                 {"images": [_EXAMPLE_IMAGE]},
             ]
         }
@@ -79,9 +82,18 @@ class GenerateRequest(RequestModel):
         list[str] | None,
         Field(
             min_length=1,
-            max_length=MAX_EXAMPLES,
+            max_length=MAX_EXAMPLE_IMAGES,
             description="Instead of `task`: pictures of what to detect, each a PNG, JPEG or WebP "
             "file in base64.",
+        ),
+    ] = None
+    examples: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_EXAMPLE_CHARACTERS)]] | None,
+        Field(
+            min_length=1,
+            max_length=MAX_EXAMPLE_TEXTS,
+            description="Instead of `task` or beside it: texts like those to write, in any order. "
+            "The base model reads the beginning of each. They are not kept.",
         ),
     ] = None
     modality: Annotated[
@@ -121,8 +133,10 @@ class GenerateRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check_one_source(self) -> "GenerateRequest":
-        if (self.task is None) == (self.images is None):
-            raise ValueError("give exactly one of `task` and `images`")
+        if self.images is not None and (self.task is not None or self.examples is not None):
+            raise ValueError("leave out `task` and `examples`: `images` stand alone")
+        if self.task is None and self.examples is None and self.images is None:
+            raise ValueError("give a `task`, `examples`, both, or `images`")
         return self
 
 

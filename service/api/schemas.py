@@ -44,9 +44,9 @@ class NearestTaskInfo(BaseModel):
 class RecipeInfo(BaseModel):
     """Everything that determines an adapter, after normalisation."""
 
-    task: Annotated[str, Field(description="Empty for a task by example.")]
+    task: Annotated[str, Field(description="Empty for a task by example alone.")]
     examples: Annotated[
-        str, Field(description="sha256 of the example images; empty for a task in words.")
+        str, Field(description="sha256 of the example texts or images; empty without any.")
     ]
     encoder: Annotated[
         str, Field(description="What read the task.", examples=["open_clip_text/ViT-L-14/openai"])
@@ -79,7 +79,7 @@ class AdapterInfo(BaseModel):
     nearest: Annotated[list[NearestTaskInfo], Field(description="Nearest training tasks.")]
     in_distribution: Annotated[
         float | None,
-        Field(description="How near the description lies to the training tasks, 0 to 1."),
+        Field(description="How near the task lies to the training tasks, 0 to 1."),
     ]
 
 
@@ -88,7 +88,7 @@ class GenerateResponse(AdapterInfo):
 
     decision: Annotated[DecisionKind, Field(description="What was done with the task.")]
     similarity: Annotated[
-        float, Field(description="Cosine of the request's words to the nearest training task.")
+        float, Field(description="Cosine of the request's task vector to the nearest task's.")
     ]
     threshold: Annotated[
         float, Field(description="Least `in_distribution` of the words of a task.")

@@ -72,10 +72,11 @@ class AsyncClient:
         task: str | None = None,
         *,
         images: Sequence[calls.Image] | None = None,
+        examples: Sequence[str] | None = None,
         **options: Unpack[calls.GenerateOptions],
     ) -> results.GeneratedAdapter:
-        """Makes the adapter of a description, or of example images, ready to answer."""
-        return await self._send(calls.build_generate(task, images, options))
+        """Makes ready the adapter of a task: in words, by example texts or both, or by images."""
+        return await self._send(calls.build_generate(task, images, examples, options))
 
     async def infer(self, prompt: str, **options: Unpack[calls.InferOptions]) -> results.TextAnswer:
         """Completes a prompt with a task's adapter, an adapter by id or alias, or the base."""

@@ -137,7 +137,10 @@ class Call(Generic[ResultT]):
 
 
 def build_generate(
-    task: str | None, images: Sequence[Image] | None, options: GenerateOptions
+    task: str | None,
+    images: Sequence[Image] | None,
+    examples: Sequence[str] | None,
+    options: GenerateOptions,
 ) -> Call[results.GeneratedAdapter]:
     """`POST /generate-lora`."""
     body: dict[str, Any] = {**options}
@@ -145,6 +148,8 @@ def build_generate(
         body["task"] = task
     if images is not None:
         body["images"] = [encode_image(image) for image in images]
+    if examples is not None:
+        body["examples"] = list(examples)
     return Call("POST", "/generate-lora", _reader(results.GeneratedAdapter), body)
 
 

@@ -58,6 +58,19 @@ def test_downloaded_adapter_can_be_uploaded(client: Client, tmp_path: Path) -> N
     assert answer.receipt.adapter_id == uploaded.adapter_id
 
 
+def test_examples_describe_a_task_with_words_or_without(client: Client) -> None:
+    texts = ["Preheat the oven.", "Slice the apples."]
+    alone = client.generate(examples=texts)
+    both = client.generate(RECIPE, examples=texts)
+    assert alone.recipe is not None
+    assert both.recipe is not None
+    assert alone.recipe["examples"] == both.recipe["examples"] != ""
+    assert alone.adapter_id != both.adapter_id
+    with pytest.raises(ApiError, match=r"body\.examples") as caught:
+        client.generate(examples=[])
+    assert (caught.value.status, caught.value.code) == (422, "invalid_request")
+
+
 def test_wrong_fields_are_named(client: Client) -> None:
     with pytest.raises(ApiError, match=r"body\.seed") as caught:
         client.generate(RECIPE, seed=-1)

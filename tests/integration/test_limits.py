@@ -266,6 +266,8 @@ def test_descriptions_hold_text_only(hasty: httpx2.Client) -> None:
     ("route", "body"),
     [
         ("/generate-lora", {"images": ["aGk="] * 17}),
+        ("/generate-lora", {"examples": ["x"] * 33}),
+        ("/generate-lora", {"examples": ["x" * 4_001]}),
         ("/infer", {"num_beams": 6, "image": "aGk=", "task": "x"}),
         ("/infer", {"max_tokens": 1025, "prompt": "x", "task": "x"}),
         ("/infer", {"prompt": "x" * 65_537, "task": "x"}),
@@ -296,6 +298,9 @@ def test_the_log_holds_nothing_of_what_was_sent(
             ("/infer", {MARKER: MARKER}),
             ("/generate-lora", {"task": MARKER, "cache": "only"}),
             ("/generate-lora", {"images": [MARKER]}),
+            ("/generate-lora", {"examples": [MARKER, f"{MARKER} again"], "task": MARKER}),
+            ("/generate-lora", {"examples": [MARKER, " "]}),
+            ("/generate-lora", {"examples": [MARKER], "images": [MARKER]}),
             ("/generate-lora", {"task": MARKER, "seed": MARKER}),
             (f"/{MARKER}", {}),
             ("/v1/completions", {"model": f"task:{MARKER}", "prompt": MARKER}),

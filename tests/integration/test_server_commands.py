@@ -44,6 +44,21 @@ def test_adapter_from_words_to_a_folder(
     assert capsys.readouterr().err.startswith("error [adapter_not_found]: ")
 
 
+def test_adapter_from_files_of_examples(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path in files:
+        path.write_text(f"Preheat the oven for {path.stem}.")
+    command = ["generate", "--server", url, "--json", "--example", *map(str, files)]
+    alone = json.loads(run(capsys, *command))
+    both = json.loads(run(capsys, "generate", RECIPE, *command[1:]))
+    assert (alone["recipe"]["task"], both["recipe"]["task"]) == ("", RECIPE)
+    assert alone["recipe"]["examples"] == both["recipe"]["examples"] != ""
+    assert alone["vector_sha256"] != both["vector_sha256"]
+    assert not alone["regenerable"]
+
+
 def test_prompt_is_answered_and_the_answerer_named(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +92,10 @@ def test_alias_is_put_used_and_deleted(url: str, capsys: pytest.CaptureFixture[s
     [
         (["generate", RECIPE], "name a folder with --out, or a service with --server"),
         (["generate", RECIPE, "--server", "http://x", "--bundle", "y"], "leave out --bundle"),
+        (["generate", "--server", "http://x"], "or name files with --example"),
+        (["generate", "--server", "http://x", "--example", "nowhere.txt"], "cannot be read"),
+        (["generate", "--out", "x", "--example", "a.txt"], "name one with --server"),
+        (["generate", "--out", "x"], "describe the task in words"),
         (["infer", "--task", RECIPE], "give a PROMPT"),
         (["infer", "--task", RECIPE, "--image", "x.png", "--seed", "1"], "leave out seed"),
         (["served", "list", "--server", "http://127.0.0.1:9"], "error [unreachable]"),

@@ -1,12 +1,11 @@
 """From a description to an adapter that is resident and ready to answer."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
-from PIL.Image import Image
 
+from service.adapters.provider import SentExamples
 from service.api.answers import build_adapter_info, to_milliseconds
 from service.api.auth import GuardedRoute, Principal, PrincipalDep, Scope, needs
 from service.api.bundle_service import AnyService
@@ -31,6 +30,7 @@ from service.errors import (
     QuotaExceededError,
     WrongModalityError,
 )
+from service.synthesis.example_tasks import ExampleTexts
 from service.synthesis.synthesizer import AdapterRecipe
 
 router = APIRouter(tags=["adapters"], route_class=GuardedRoute)
@@ -64,13 +64,13 @@ async def generate_adapter(
     """
     started = time.perf_counter()
     service = resources.need(body.modality or await _choose_modality(body, resources))
-    recipe, images = await _build_recipe(body, resources, service, principal)
+    recipe, examples = await _build_recipe(body, resources, service, principal)
     answer = await service.provide_for_task(
         recipe,
         body.out_of_distribution,
         body.cache,
         body.ttl_seconds,
-        images,
+        examples,
         needs_adapter=True,
     )
     provided, decision, seconds = answer.provided, answer.decision, {**answer.seconds}
@@ -93,15 +93,17 @@ async def generate_adapter(
 
 
 async def _choose_modality(body: GenerateRequest, resources: Resources) -> Modality:
+    if body.examples is not None:
+        return resources.choice.choose_by_texts()
     if body.task is None:
-        return resources.choice.choose_by_example()
+        return resources.choice.choose_by_images()
     return await resources.choice.choose(body.task)
 
 
 async def _build_recipe(
     body: GenerateRequest, resources: Resources, service: AnyService, principal: Principal
-) -> tuple[AdapterRecipe, Sequence[Image] | None]:
-    """The recipe, and the pixels of its example images where it has some."""
+) -> tuple[AdapterRecipe, SentExamples | None]:
+    """The recipe, and the examples that it was built from: texts, or the pixels of images."""
     how: dict[str, Any] = {
         "bundle_digest": service.bundle.digest,
         "tenant": principal.tenant,
@@ -110,8 +112,12 @@ async def _build_recipe(
         "temperature": body.temperature,
         "strength": body.strength,
     }
+    if body.examples is not None:
+        service.synthesizer.need_example_tasks()
+        texts = ExampleTexts.build(body.examples)
+        return AdapterRecipe.build_from_texts(texts, task=body.task, **how), texts
     if body.images is None:
-        assert body.task is not None, "the schema asks for a task or images"
+        assert body.task is not None, "the schema asks for a task, examples or images"
         return AdapterRecipe.build(task=body.task, **how), None
     if service.synthesizer.image_encoder is None:
         raise InvalidInputError(

@@ -9,13 +9,14 @@ from pydantic import ValidationError
 
 from service.api.requests import (
     MAX_BEAMS,
-    MAX_EXAMPLES,
+    MAX_EXAMPLE_IMAGES,
     MAX_NEW_TOKENS,
     MAX_STOPS,
     GenerateRequest,
     InferRequest,
     RequestModel,
 )
+from service.synthesis.example_tasks import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLE_TEXTS
 from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 
@@ -25,7 +26,12 @@ from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
         (GenerateRequest, {}, ""),
         (GenerateRequest, {"task": "x", "images": ["x"]}, ""),
         (GenerateRequest, {"images": []}, "images"),
-        (GenerateRequest, {"images": ["x"] * (MAX_EXAMPLES + 1)}, "images"),
+        (GenerateRequest, {"images": ["x"] * (MAX_EXAMPLE_IMAGES + 1)}, "images"),
+        (GenerateRequest, {"examples": ["x"], "images": ["x"]}, ""),
+        (GenerateRequest, {"examples": []}, "examples"),
+        (GenerateRequest, {"examples": [""]}, "examples.0"),
+        (GenerateRequest, {"examples": ["x"] * (MAX_EXAMPLE_TEXTS + 1)}, "examples"),
+        (GenerateRequest, {"examples": ["x" * (MAX_EXAMPLE_CHARACTERS + 1)]}, "examples.0"),
         (GenerateRequest, {"task": "x", "modality": "sound"}, "modality"),
         (GenerateRequest, {"task": ""}, "task"),
         (GenerateRequest, {"task": "x" * (MAX_TASK_CHARACTERS + 1)}, "task"),
