@@ -25,6 +25,8 @@ def add_examples(folder: Path, num_samples: int) -> Bundle:
         InvalidInputError: it is not for text, or has example vectors, or its version is no number;
             or the texts of its tasks are not there.
     """
+    if num_samples < 2:
+        raise InvalidInputError("read two or more documents per task, so that one can be left out")
     bundle = read_bundle(folder)
     if bundle.modality != "text" or bundle.examples is not None:
         what = "is not for text" if bundle.modality != "text" else "has example vectors already"

@@ -52,6 +52,7 @@ def fit_examples(
     return ExampleVectors(
         encoder_id,
         vectors=_average(samples),
+        spread=_measure_spread(samples),
         nonsense=nonsense,
         left_out=measure_left_out(samples, nonsense),
         temperature=choose_temperature(samples),
@@ -62,19 +63,21 @@ def choose_temperature(samples: Sequence[Float[Tensor, "_ dim"]]) -> float:
     """The temperature at which a sample that was left out names its own task best.
 
     Every sample in turn is what somebody sends; its task's vector and the centre are made without
-    it. The least mean of `-log w` of the right task wins, so weights are as sure as they are right.
-    A single sample is the least that anybody can send: more of them are right more often than they
-    are sure.
+    it (the spread, over all samples of all tasks, is not). The least mean of `-log w` of the right
+    task wins, so weights are as sure as they are right. A single sample is the least that anybody
+    can send: more of them are right more often than they are sure.
     """
     cosines, owners = [], []
-    vectors = _average(samples)
+    vectors, spread = _average(samples), _measure_spread(samples)
     for owner, rows in enumerate(samples):
         for number, row in enumerate(rows):
             rest = torch.cat([rows[:number], rows[number + 1 :]])
             others = vectors.clone()
             others[owner] = rest.mean(0)
             center = others.mean(0)
-            cosines.append(center_states(others, center) @ center_states(row[None], center)[0])
+            cosines.append(
+                center_states(others, center, spread) @ center_states(row[None], center, spread)[0]
+            )
             owners.append(owner)
     stacked, wanted = torch.stack(cosines), torch.tensor(owners)
     losses = [float(functional.cross_entropy(stacked / each, wanted)) for each in TEMPERATURES]
@@ -91,11 +94,12 @@ def measure_left_out(
         others = torch.cat([vectors[:owner], vectors[owner + 1 :]])
         if len(others):
             center = others.mean(0)
+            spread = _measure_spread([*samples[:owner], *samples[owner + 1 :]])
             evidence.append(
                 weigh_evidence(
-                    center_states(rows, center),
-                    center_states(others, center),
-                    center_states(nonsense, center),
+                    center_states(rows, center, spread),
+                    center_states(others, center, spread),
+                    center_states(nonsense, center, spread),
                 )
             )
     return torch.cat(evidence).sort().values
@@ -104,6 +108,13 @@ def measure_left_out(
 def _average(samples: Sequence[Tensor]) -> Float[Tensor, "tasks dim"]:
     """Eq. 1 of every task."""
     return torch.stack([rows.mean(0) for rows in samples])
+
+
+def _measure_spread(samples: Sequence[Tensor]) -> Float[Tensor, " dim"]:
+    """Standard deviation of samples around their own task's mean, tasks alike."""
+    variance = torch.stack([rows.var(0, unbiased=False) for rows in samples]).mean(0)
+    spread = variance.sqrt()
+    return spread.clamp_min(0.01 * float(spread.mean()) + 1e-6)  # what never varies is not all
 
 
 def _choose_samples(task: TextTask, count: int) -> list[str]:

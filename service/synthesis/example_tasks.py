@@ -5,11 +5,13 @@ frozen base's last hidden state of the last token, `h = 1/N sum_n h_n`. A genera
 on vectors of words cannot read that; but every training task has a vector of either kind, and so
 they translate one into the other:
 
-    w_i = softmax_i(cos(h - c, h_i - c) / temperature)
+    w_i = softmax_i(cos((h - c) / s, (h_i - c) / s) / temperature)
     v   = sum_i w_i k_i, normalised
 
 `h_i` is the Eq. 1 vector of training task i, `k_i` its mean task vector of words, and `c` the mean
 of all `h_i`: raw hidden states share a large common part, beside which the tasks would look alike.
+`s` is the standard deviation of samples within a task, so that what says little of the task (a few
+dimensions vary more than all others together, with whatever the last token is) counts little.
 """
 
 import hashlib
@@ -88,13 +90,15 @@ class ExampleVectors:
     Attributes:
         encoder_id: what made the vectors: the base by its digest, and how much it reads.
         vectors: Eq. 1 vector of each training task, in the bundle's order; as the base gives it.
-        nonsense: the same of texts that mean nothing, each by itself.
+        spread: standard deviation of samples within a task, per dimension.
+        nonsense: as `vectors`, of texts that mean nothing, each by itself.
         left_out: sorted evidence (`ExampleTasks.score`) of samples of tasks that were left out.
         temperature: of the softmax over cosines.
     """
 
     encoder_id: str
     vectors: Float[Tensor, "tasks dim"]
+    spread: Float[Tensor, " dim"]
     nonsense: Float[Tensor, "texts dim"]
     left_out: Float[Tensor, " samples"]
     temperature: float
@@ -103,6 +107,7 @@ class ExampleVectors:
         """Tensors for a file; the encoder's id is kept beside them."""
         return {
             "vectors": self.vectors.float(),
+            "spread": self.spread.float(),
             "nonsense": self.nonsense.float(),
             "left_out": self.left_out.float(),
             "temperature": torch.tensor(self.temperature),
@@ -113,17 +118,22 @@ class ExampleVectors:
         """Reads `state_dict`.
 
         Raises:
-            InvalidBundleError: shapes that do not belong together, or no positive temperature.
+            InvalidBundleError: shapes that do not belong together, or a spread or temperature that
+                is not positive.
         """
-        vectors, nonsense, left_out = (state[each] for each in ("vectors", "nonsense", "left_out"))
+        vectors, spread, nonsense, left_out = (
+            state[each] for each in ("vectors", "spread", "nonsense", "left_out")
+        )
         temperature = float(state["temperature"])
-        matrices = vectors.ndim == nonsense.ndim == 2 and vectors.shape[1] == nonsense.shape[1]
-        if not matrices or left_out.ndim != 1 or temperature <= 0:
+        fit = vectors.ndim == nonsense.ndim == 2 and (
+            vectors.shape[1:] == nonsense.shape[1:] == spread.shape
+        )
+        if not fit or left_out.ndim != 1 or temperature <= 0 or not (spread > 0).all():
             raise InvalidBundleError(
                 f"example vectors of shapes {[tuple(each.shape) for each in state.values()]}, "
                 f"temperature {temperature}"
             )
-        return cls(encoder_id, vectors, nonsense, left_out.sort().values, temperature)
+        return cls(encoder_id, vectors, spread, nonsense, left_out.sort().values, temperature)
 
 
 class ExampleTasks:
@@ -144,15 +154,15 @@ class ExampleTasks:
         self.encoder_id = known.encoder_id
         self._temperature = known.temperature
         self._left_out = known.left_out
-        self._center = known.vectors.mean(0)
-        self._tasks = center_states(known.vectors, self._center)
-        self._nonsense = center_states(known.nonsense, self._center)
+        self._center, self._spread = known.vectors.mean(0), known.spread
+        self._tasks = center_states(known.vectors, self._center, self._spread)
+        self._nonsense = center_states(known.nonsense, self._center, self._spread)
         means = [task_vectors[owner == task].mean(0) for task in range(len(known.vectors))]
         self._keys = functional.normalize(torch.stack(means), dim=1)  # [tasks, cond]
 
     def find_task_vector(self, state: Float[Tensor, " dim"]) -> Float[Tensor, " cond"]:
         """The unit task vector of examples: the words of the training tasks that they resemble."""
-        cosine = self._tasks @ center_states(state[None], self._center)[0]
+        cosine = self._tasks @ center_states(state[None], self._center, self._spread)[0]
         weights = (cosine / self._temperature).softmax(dim=0)
         return functional.normalize(weights @ self._keys, dim=0)
 
@@ -166,16 +176,16 @@ class ExampleTasks:
         if not len(self._left_out):
             return 1.0
         evidence = weigh_evidence(
-            center_states(state[None], self._center), self._tasks, self._nonsense
+            center_states(state[None], self._center, self._spread), self._tasks, self._nonsense
         )
         return float((self._left_out <= evidence).float().mean())
 
 
 def center_states(
-    states: Float[Tensor, "n dim"], center: Float[Tensor, " dim"]
+    states: Float[Tensor, "n dim"], center: Float[Tensor, " dim"], spread: Float[Tensor, " dim"]
 ) -> Float[Tensor, "n dim"]:
-    """Unit vectors of what hidden states have beside their common part."""
-    return functional.normalize(states - center, dim=1)
+    """Unit vectors of what hidden states have beside their common part, in units of the spread."""
+    return functional.normalize((states - center) / spread, dim=1)
 
 
 def weigh_evidence(

@@ -38,12 +38,18 @@ def draw_samples(spread: float, tasks: int = 4, samples: int = 5) -> list[torch.
     ]
 
 
+def measure_scale(samples: list[torch.Tensor]) -> torch.Tensor:
+    """Root of the mean square distance to the own task's mean, per dimension; equal counts."""
+    return torch.cat([rows - rows.mean(0) for rows in samples]).square().mean(0).sqrt()
+
+
 def make_task(name: str, *documents: str) -> TextTask:
     return TextTask(name, name.title(), (name,), (f"unseen {name}",), documents, ("held out",))
 
 
 def test_temperature_is_that_at_which_left_out_samples_are_named_best() -> None:
     samples = draw_samples(spread=1.0)
+    scale = measure_scale(samples)
 
     def measure_loss(temperature: float) -> float:
         total = 0.0
@@ -55,7 +61,9 @@ def test_temperature_is_that_at_which_left_out_samples_are_named_best() -> None:
                 ]
                 vectors = torch.stack([each.mean(0) for each in kept])
                 center = vectors.mean(0)
-                cosine = functional.cosine_similarity(vectors - center, row - center)
+                cosine = functional.cosine_similarity(
+                    (vectors - center) / scale, (row - center) / scale
+                )
                 total -= float((cosine / temperature).log_softmax(dim=0)[owner])
         return total
 
@@ -77,10 +85,15 @@ def test_left_out_evidence_never_sees_the_own_task() -> None:
     for owner, rows in enumerate(samples):
         others = [each.mean(0) for task, each in enumerate(samples) if task != owner]
         center = torch.stack(others).mean(0)
+        scale = measure_scale([each for task, each in enumerate(samples) if task != owner])
         for row in rows:
             nearest, nonsensical = (
                 max(
-                    float(functional.cosine_similarity(row - center, each - center, dim=0))
+                    float(
+                        functional.cosine_similarity(
+                            (row - center) / scale, (each - center) / scale, dim=0
+                        )
+                    )
                     for each in group
                 )
                 for group in (others, nonsense)

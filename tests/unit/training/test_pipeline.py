@@ -173,6 +173,8 @@ def test_a_bundle_takes_tasks_by_example_from_its_run_or_afterwards(
     assert (provenance["added_to"], provenance["num_samples"]) == (before.digest, 4)
     with pytest.raises(InvalidInputError, match="has example vectors already"):
         add_examples(folder, num_samples=4)
+    with pytest.raises(InvalidInputError, match="two or more documents"):
+        add_examples(folder, num_samples=1)
 
 
 @pytest.mark.parametrize(

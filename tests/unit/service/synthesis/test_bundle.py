@@ -340,7 +340,7 @@ def test_example_vectors_come_back(tmp_path: Path, pristine: Bundle) -> None:
     assert bundle.digest == written.digest != pristine.digest
     assert bundle.examples is not None
     assert bundle.examples.encoder_id == f"hidden_states/{BASE_DIGEST}/256"
-    for name in ("vectors", "nonsense", "left_out"):
+    for name in ("vectors", "spread", "nonsense", "left_out"):
         torch.testing.assert_close(getattr(bundle.examples, name), getattr(known, name))
     assert bundle.examples.temperature == pytest.approx(known.temperature)
     body = (tmp_path / "bundle" / f"{EXAMPLES}.safetensors").read_bytes()
@@ -413,6 +413,7 @@ def test_example_vectors_that_cannot_be_trusted_are_refused(folder: Path) -> Non
         (lambda state: state | {"vectors": state["vectors"][:2].clone()}, "the bundle's tasks"),
         (lambda state: state | {"nonsense": state["nonsense"][:, :2].clone()}, "of shapes"),
         (lambda state: state | {"temperature": torch.tensor(0.0)}, "temperature 0"),
+        (lambda state: state | {"spread": torch.zeros(5)}, "of shapes"),
         (lambda state: state | {"left_out": torch.tensor([torch.nan])}, "is not finite"),
         (lambda state: {"vectors": state["vectors"]}, "malformed"),
     ):

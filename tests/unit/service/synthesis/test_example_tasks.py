@@ -87,8 +87,9 @@ def test_recipes_tell_words_examples_and_both_apart() -> None:
 
 KNOWN = ExampleVectors(
     "by hand",
-    vectors=torch.tensor([[12.0, 10.0], [9.0, 11.0], [9.0, 9.0]]),  # their mean is (10, 10)
-    nonsense=torch.tensor([[10.0, 7.0]]),
+    vectors=torch.tensor([[14.0, 10.0], [8.0, 10.5], [8.0, 9.5]]),  # their mean is (10, 10)
+    spread=torch.tensor([2.0, 0.5]),
+    nonsense=torch.tensor([[10.0, 8.5]]),
     left_out=torch.tensor([-0.5, 0.0, 0.5, 2.0]),
     temperature=0.5,
 )
@@ -97,7 +98,7 @@ OWNER = torch.tensor([0, 0, 1, 2])
 
 
 def test_condition_is_the_softmax_over_centred_cosines_times_mean_words() -> None:
-    # (13, 10) less the centre is (3, 0): cosine 1 to task 0, -1 / sqrt(2) to both others
+    # (16, 10) less the centre, by the spread, is (3, 0): cosine 1 to task 0, -1 / sqrt(2) to others
     weights = [math.exp(each / 0.5) for each in (1.0, -(0.5**0.5), -(0.5**0.5))]
     first, second, third = (each / sum(weights) for each in weights)
     key = (1.6 / math.hypot(1.6, 0.8), 0.8 / math.hypot(1.6, 0.8))  # of task 0, two wordings
@@ -106,17 +107,17 @@ def test_condition_is_the_softmax_over_centred_cosines_times_mean_words() -> Non
 
     tasks = ExampleTasks(KNOWN, TASK_VECTORS, OWNER)
 
-    torch.testing.assert_close(tasks.find_task_vector(torch.tensor([13.0, 10.0])), expected)
+    torch.testing.assert_close(tasks.find_task_vector(torch.tensor([16.0, 10.0])), expected)
 
 
 def test_score_is_the_share_of_left_out_samples_with_no_more_evidence() -> None:
     tasks = ExampleTasks(KNOWN, TASK_VECTORS, OWNER)
     # evidence 1 - 0: nearest task 1, nonsense (0, -3) 0
-    assert tasks.score(torch.tensor([13.0, 10.0])) == 0.75
+    assert tasks.score(torch.tensor([16.0, 10.0])) == 0.75
     # the nonsense itself: cosine 1 / sqrt(2) to the nearest task, less 1
-    assert tasks.score(torch.tensor([10.0, 7.0])) == 0.25
+    assert tasks.score(torch.tensor([10.0, 8.5])) == 0.25
     alone = replace(KNOWN, left_out=torch.zeros(0))
-    assert ExampleTasks(alone, TASK_VECTORS, OWNER).score(torch.tensor([10.0, 7.0])) == 1.0
+    assert ExampleTasks(alone, TASK_VECTORS, OWNER).score(torch.tensor([10.0, 8.5])) == 1.0
 
 
 def test_a_bundle_of_one_task_reads_everything_as_that_task() -> None:
