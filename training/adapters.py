@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import Cache
 
 from service.errors import InvalidTaskDataError
 from service.inference.base_model import BaseModel
@@ -56,22 +57,20 @@ def cut_windows(
 def measure_nll(
     base: BaseModel,
     windows: Int[Tensor, "batch window_tokens"],
-    prefix: Int[Tensor, " prefix_tokens"] | None = None,
+    prefix: Cache | None = None,
 ) -> Float[Tensor, "batch predicted"]:
     """Negative log-likelihood in nats of every token but the first of each window.
 
     Args:
         base: the model.
         windows: what is scored.
-        prefix: tokens that stand before every window and are not scored.
+        prefix: keys and values of tokens that stand before every window, a row for each; it
+            grows by the windows.
     """
     windows = windows.to(base.device)
-    ids = windows
-    if prefix is not None:
-        ids = torch.cat([prefix.to(base.device).expand(len(windows), -1), windows], dim=1)
-    logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=windows.shape[1]).logits[
-        :, :-1
-    ]
+    logits = base.model(
+        input_ids=windows, past_key_values=prefix, use_cache=prefix is not None
+    ).logits[:, :-1]
     flat = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none"
     )

@@ -150,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     unseen.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="each method is fitted so often"
     )
+    unseen.add_argument(
+        "--folds", type=int, metavar="N", help="leave the families out in N parts (default: singly)"
+    )
     unseen.add_argument("--out", type=Path, metavar="DIR", help="write JSON and a table")
     _add_threads(unseen)
 
@@ -351,7 +354,10 @@ def _unseen(arguments: argparse.Namespace) -> int:
     from training.run_dir import RunDir
 
     settings = UnseenSettings(
-        arguments.windows, arguments.window_tokens, seeds=tuple(arguments.seeds)
+        arguments.windows,
+        arguments.window_tokens,
+        seeds=tuple(arguments.seeds),
+        num_folds=arguments.folds,
     )
     evaluate_unseen(RunDir.read(arguments.run), arguments.methods, settings, arguments.out)
     return 0

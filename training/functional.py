@@ -9,14 +9,10 @@ hidden in the same episodes, so that it learns what helps a task that it cannot 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from service.inference.base_model import BaseModel
-from service.synthesis.attachment import Attachment
 from service.synthesis.cvae import ConditionalVAE
 from service.synthesis.normalizer import AdapterNormalizer
-from training.adapters import MeasureLoss
 from training.checkpoint import restore_training_state, write_tensors, write_training_state
 from training.episodes import Episodes
 from training.generator import draw_wordings
@@ -24,6 +20,7 @@ from training.progress import track_job
 from training.run_dir import RunDir
 from training.schedule import warm_cosine
 from training.task_vectors import TaskVectors
+from training.through_base import ThroughBase
 
 SAVE_EVERY_STEPS = 10
 
@@ -33,10 +30,9 @@ def train_functionally(
     model: ConditionalVAE,
     normalizer: AdapterNormalizer,
     vectors: TaskVectors,
+    names: Sequence[str],
     families: Sequence[str],
-    base: BaseModel,
-    attachment: Attachment,
-    losses: Sequence[MeasureLoss],
+    through_base: ThroughBase,
     seed: int,
 ) -> None:
     """Trains the decoder through the base and saves the generator; equal seeds, equal bytes.
@@ -49,15 +45,15 @@ def train_functionally(
         model: trained by reconstruction; its decoder is changed.
         normalizer: of that training.
         vectors: task vectors of each task's wordings.
+        names: of the tasks, in the same order.
         families: of the tasks, for episodes.
-        base: frozen, wrapped by `attachment`.
-        attachment: where generated adapters are put.
-        losses: of each task's training examples, named by their numbers.
+        through_base: loss of an adapter on a task.
         seed: of order, wordings, episodes and batches.
     """
     section, recipe = run.recipe.functional, run.recipe
     assert section is not None, "the recipe has no section [functional]"
-    decoder = model.decoder.to(base.device).train()
+    device = through_base.base.device
+    decoder = model.decoder.to(device).train()
     episodes = None
     if recipe.context is not None:
         episodes = Episodes(families, recipe.context)
@@ -68,20 +64,15 @@ def train_functionally(
     with track_job(run, path.stem, section.num_steps) as report:
         for step in range(first_step, section.num_steps):
             draws = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            task = _pick_task(step, len(losses), seed)
+            task = _pick_task(step, len(names), seed)
             condition = draw_wordings(vectors, task, recipe.generator.wording_noise, draws)
-            z = torch.zeros(1, recipe.generator.latent_dim, device=base.device)
+            z = torch.zeros(1, recipe.generator.latent_dim, device=device)
             context = {}
             if episodes is not None:
-                context["hidden"] = episodes.hide(task, draws).to(base.device)
-            normalized = decoder(z, condition.to(base.device), **context)[0].cpu()
-            loss = _measure(
-                normalizer.denormalize(normalized),
-                attachment,
-                base,
-                losses[int(task)],
-                torch.randperm(recipe.finetune.num_windows, generator=draws)[: section.batch_size],
-            )
+                context["hidden"] = episodes.hide(task, draws).to(device)
+            normalized = decoder(z, condition.to(device), **context)[0].cpu()
+            vector = normalizer.denormalize(normalized)
+            loss = through_base.measure_batch(vector, names[int(task)], draws)
             for group in optimizer.param_groups:
                 share = warm_cosine(step, section.num_steps, section.num_steps // 20)
                 group["lr"] = section.learning_rate * share
@@ -92,20 +83,8 @@ def train_functionally(
             if (step + 1) % SAVE_EVERY_STEPS == 0:
                 write_training_state(state_path, decoder, optimizer, step + 1)
             report(step + 1, loss=loss.item())
-    attachment.rows.vectors = None
     write_tensors(path, model.state_dict())
     state_path.unlink(missing_ok=True)
-
-
-def _measure(
-    vector: Float[Tensor, " num_params"],
-    attachment: Attachment,
-    base: BaseModel,
-    measure_loss: MeasureLoss,
-    examples: Tensor,
-) -> Float[Tensor, ""]:
-    attachment.rows.vectors = vector[None].to(base.device, base.dtype)  # [1, num_params]
-    return measure_loss(examples)
 
 
 def _pick_task(step: int, num_tasks: int, seed: int) -> Tensor:

@@ -1,9 +1,10 @@
 """The stages of a run, each resumable: adapters, task vectors, generator, bundle."""
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -43,6 +44,7 @@ from training.tasks.composites import load_base_scenes, read_base_tasks
 from training.tasks.detection import load_detection_data
 from training.tasks.detection_task import DetectionData
 from training.tasks.text import TextTask, load_text_tasks
+from training.through_base import ThroughBase
 
 
 @dataclass
@@ -145,7 +147,8 @@ class Pipeline:
                 report=lambda step, loss: report(step, loss=loss),
             )
         metadata = {"task": task.name, "seed": str(seed), "layout": self.bases.layout.digest}
-        write_tensors(self.run.adapter(task.name, seed), {"checkpoints": checkpoints}, metadata)
+        tensors = {"checkpoints": checkpoints.to(VECTOR_DTYPE)}  # as they would be served
+        write_tensors(self.run.adapter(task.name, seed), tensors, metadata)
         state.unlink(missing_ok=True)
 
     def _build_loss(self, task: AnyTask, seed: int) -> MeasureLoss:
@@ -182,7 +185,7 @@ class Pipeline:
                     raise InvalidRecipeError(
                         f"adapter of {task.name!r} is missing: run `icm-lora adapters` first"
                     )
-                parts.append(read_tensors(path)[0]["checkpoints"])
+                parts.append(read_tensors(path)[0]["checkpoints"].float())
             checkpoints[task.name] = torch.cat(parts)
         return checkpoints
 
@@ -220,19 +223,40 @@ class Pipeline:
     def _train_functionally(
         self, vectors: TaskVectors, checkpoints: Mapping[str, Tensor], seed: int
     ) -> None:
+        section = self.run.recipe.functional
+        assert section is not None
+        with self.open_through_base(section.batch_size, seed) as through_base:
+            train_functionally(
+                self.run,
+                self._load_generator(self.run.seeded_generator(seed), seed, vectors),
+                AdapterNormalizer.fit(self.bases.layout, checkpoints),
+                vectors,
+                [task.name for task in self.tasks],
+                self.families,
+                through_base,
+                seed,
+            )
+
+    @contextmanager
+    def open_through_base(self, batch_size: int, seed: int) -> Iterator[ThroughBase]:
+        """Losses of adapters on all tasks' training examples; the base is wrapped meanwhile.
+
+        Args:
+            batch_size: examples of a drawn batch.
+            seed: of the choice of each task's examples.
+        """
+        tasks = {task.name: task for task in self.tasks}
         attachment = Attachment(self.base.model, self.bases)
-        train_functionally(
-            self.run,
-            self._load_generator(self.run.seeded_generator(seed), seed, vectors),
-            AdapterNormalizer.fit(self.bases.layout, checkpoints),
-            vectors,
-            self.families,
-            self.base,
-            attachment,
-            [self._build_loss(task, seed) for task in self.tasks],
-            seed,
-        )
-        attachment.detach(self.base.model)
+        try:
+            yield ThroughBase(
+                self.base,
+                attachment,
+                cache(lambda name: self._build_loss(tasks[name], seed)),
+                self.run.recipe.finetune.num_windows,
+                batch_size,
+            )
+        finally:
+            attachment.detach(self.base.model)
 
     @property
     def families(self) -> list[str]:

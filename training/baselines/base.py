@@ -15,8 +15,8 @@ from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 from training.task_vectors import TaskVectors
 
-MeasureTaskLoss = Callable[[Float[Tensor, " num_params"], str], Float[Tensor, ""]]
-"""Differentiable loss of an adapter vector on training data of the named task."""
+MeasureTaskLoss = Callable[[Float[Tensor, " num_params"], str, torch.Generator], Float[Tensor, ""]]
+"""Differentiable loss of an adapter vector on training data of the named task, drawn anew."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,23 @@ class TrainingTasks:
             layout,
         )
 
-    def without(self, label: str) -> "TrainingTasks":
-        """The tasks but one, or but a whole family; a label that names both takes the family.
+    def without(self, *labels: str) -> "TrainingTasks":
+        """The tasks but some, each named itself or with its whole family.
 
         What is returned holds no tensor of the tasks left out.
 
         Raises:
             InvalidInputError: no such task or family, or no task would be left.
         """
-        if label not in self.names + self.families:
-            known = ", ".join(sorted({*self.names, *self.families}))
-            raise InvalidInputError(f"no task or family {label!r}; known: {known}")
+        known = sorted({*self.names, *self.families})
+        if unknown := [label for label in labels if label not in known]:
+            raise InvalidInputError(f"no task or family {unknown[0]!r}; known: {', '.join(known)}")
         pairs = enumerate(zip(self.names, self.families, strict=True))
-        left = [index for index, pair in pairs if label not in pair]
+        left = [index for index, pair in pairs if not {*pair} & {*labels}]
         if not left:
-            raise InvalidInputError(f"without {label!r} no task is left to learn from")
+            raise InvalidInputError(
+                f"without {', '.join(map(repr, labels))} no task is left to learn from"
+            )
         return self._take(left)
 
     def leave_one_out(self) -> Iterator[tuple["TrainingTasks", "TrainingTasks"]]:

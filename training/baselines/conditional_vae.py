@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from service.errors import InvalidInputError
 from service.synthesis.normalizer import AdapterNormalizer
 from training.baselines.base import TrainingTasks
+from training.functional import train_functionally
 from training.generator import train_generator
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.task_vectors import TaskVectors
+from training.through_base import ThroughBase
 
 
 @dataclass
@@ -24,8 +26,9 @@ class ConditionalVaeBaseline:
 
     Attributes:
         preset: `paper`, `token` or `in_context`.
-        recipe: its section `[generator]` says how to train, and must be of that preset.
+        recipe: its sections say how to train; `[generator]` must be of that preset.
         sample: whether z is drawn, as the paper does (Eq. 9), or is 0, as serving does by default.
+        through_base: needed where the recipe has a section `[functional]`.
     """
 
     uses_target: ClassVar[bool] = False
@@ -33,6 +36,7 @@ class ConditionalVaeBaseline:
     preset: str
     recipe: Recipe
     sample: bool = False
+    through_base: ThroughBase | None = None
     decoder: nn.Module = field(init=False, repr=False)
     normalizer: AdapterNormalizer = field(init=False, repr=False)
 
@@ -42,6 +46,8 @@ class ConditionalVaeBaseline:
                 f"baseline {self.preset!r} needs a recipe of that preset, not "
                 f"{self.recipe.generator.preset!r}"
             )
+        if (self.through_base is None) != (self.recipe.functional is None):
+            raise InvalidInputError("through_base goes with a section [functional] of the recipe")
 
     @property
     def name(self) -> str:
@@ -58,6 +64,17 @@ class ConditionalVaeBaseline:
         with TemporaryDirectory() as folder:
             run = RunDir.open(Path(folder), self.recipe)
             model = train_generator(run, tasks.layout, checkpoints, vectors, seed, tasks.families)
+            if self.through_base is not None:
+                train_functionally(
+                    run,
+                    model,
+                    tasks.normalizer,
+                    vectors,
+                    tasks.names,
+                    tasks.families,
+                    self.through_base,
+                    seed,
+                )
         self.normalizer = tasks.normalizer
         self.decoder = model.decoder.cpu().eval().requires_grad_(False)
 

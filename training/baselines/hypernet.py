@@ -137,7 +137,7 @@ class HyperNet:
         def measure_loss(generator: torch.Generator) -> Tensor:
             chosen = sampler.draw_tasks(1, generator)
             vector = self._decode(sampler.draw_wordings(chosen, generator))[0]
-            return task_loss(vector, sampler.names[int(chosen)])
+            return task_loss(vector, sampler.names[int(chosen)], generator)
 
         fit_network(
             self.network.parameters(),

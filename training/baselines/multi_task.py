@@ -37,7 +37,7 @@ class MultiTask:
 
         def measure_loss(generator: torch.Generator) -> Tensor:
             task = int(torch.randint(len(tasks.names), (1,), generator=generator))
-            return self.task_loss(vector, tasks.names[task])
+            return self.task_loss(vector, tasks.names[task], generator)
 
         fit_network(
             [vector],

@@ -3,18 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from service.errors import InvalidInputError
 from service.inference.base_model import BaseModel, load_base_model
 from service.synthesis.synthesizer import Synthesizer
-from training.baselines import build_baseline
 from training.checkpoint import read_tensors, write_text
 from training.detection_examples import encode_scenes
 from training.evaluation import detection, detection_report, report, text
 from training.evaluation.pictures import draw_comparison
-from training.evaluation.unseen import Method, UnseenEvaluation, UnseenSettings
+from training.evaluation.unseen import UnseenEvaluation, UnseenSettings
+from training.evaluation.unseen_methods import build_method
 from training.evaluation.unseen_shares import render_shares, summarize_unseen
 from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
@@ -130,20 +128,6 @@ def _load_base(synthesizer: Synthesizer, recipe: Recipe) -> BaseModel:
     )
 
 
-METHODS_OF_WEIGHTS = (
-    "soup",
-    "nearest",
-    "top_k",
-    "gaussian",
-    "pca_ridge",
-    "hypernet",
-    "cond_p_diff",
-)
-"""Baselines that need adapters and task vectors alone, with their default options."""
-
-PRESETS = ("paper", "token", "in_context")
-
-
 def evaluate_unseen(
     run: RunDir, names: Sequence[str], settings: UnseenSettings, out: Path | None
 ) -> None:
@@ -178,24 +162,3 @@ def evaluate_unseen(
         }
         write_text(out / "unseen.json", json.dumps(body, indent=1) + "\n")
         write_text(out / "unseen.md", table + "\n")
-
-
-def build_method(name: str, recipe: Recipe) -> Method:
-    """A method of the evaluation of unseen tasks; presets train as the recipe says.
-
-    Raises:
-        InvalidInputError: an unknown name.
-    """
-    if name in METHODS_OF_WEIGHTS:
-        return Method(partial(build_baseline, name))
-    if name not in PRESETS:
-        known = ", ".join((*METHODS_OF_WEIGHTS, *PRESETS))
-        raise InvalidInputError(f"unknown method {name!r}; known: {known}")
-    body = recipe.to_json()
-    body["generator"]["preset"] = name
-    body.pop("functional", None)
-    context = body.pop("context", {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1})
-    if name == "in_context":
-        body["context"] = context
-    options = {part: body.get(part) for part in ("seed", "generator", "context")}
-    return Method(partial(build_baseline, name, recipe=Recipe.model_validate(body)), options)

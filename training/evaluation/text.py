@@ -5,6 +5,7 @@ Generation reads the bundle, which holds no task's own adapter; the own adapters
 this comparison needs, lie outside of it.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from service.errors import InvalidAdapterError
 from service.inference.base_model import BaseModel
@@ -140,12 +142,23 @@ def sum_window_nll(
     rows = None if vector is None else vector[None].to(base.device, base.dtype)
     attachment.rows.vectors = rows
     with torch.inference_mode():
-        parts = [
-            measure_nll(base, batch, prefix).sum(1).cpu()
-            for batch in torch.split(windows, BATCH_WINDOWS)
-        ]
+        read = None if prefix is None else read_prefix(base, prefix)
+        parts = []
+        for batch in torch.split(windows, BATCH_WINDOWS):
+            own = copy.deepcopy(read)  # it grows by the windows
+            if own is not None:
+                own.batch_repeat_interleave(len(batch))
+            parts.append(measure_nll(base, batch, own).sum(1).cpu())
     attachment.rows.vectors = None
     return torch.cat(parts).double()
+
+
+def read_prefix(base: BaseModel, prefix: Int[Tensor, " prefix_tokens"]) -> DynamicCache:
+    """Keys and values of a prefix, in one row."""
+    cache = DynamicCache(config=base.model.config)
+    ids = prefix[None].to(base.device)
+    base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 def _generate(synthesizer: Synthesizer, task: str) -> tuple[Tensor, str]:

@@ -1,9 +1,9 @@
 """Unseen text tasks: each is scored by methods that never saw its family.
 
-A fold leaves one family out. Every method is fitted on the other families' adapters and
-descriptions and then gets a description of each task left out, in words that no training has
-seen. Scores are kept one by one in the run's folder, so the job resumes where it was stopped, and
-a method that is added later costs only its own part.
+A fold leaves one family out, or some. Every method is fitted on the other families' adapters,
+descriptions and training texts and then gets a description of each task left out, in words that
+no training has seen. Scores are kept one by one in the run's folder, so the job resumes where it
+was stopped, and a method that is added later costs only its own part.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from training.pipeline import Pipeline
 from training.progress import Report
 from training.task_vectors import encoder_spec
 from training.tasks.text import TextTask
+from training.through_base import ThroughBase
 
 NUM_EXAMPLES = 8
 """Of the few-shot prompt; they are training texts of the task."""
@@ -44,12 +45,12 @@ class Method:
     """How adapters for unseen tasks are made.
 
     Attributes:
-        build: an unfitted one.
+        build: an unfitted one, which may learn through the base.
         options: all that its adapters depend on besides tasks and seed, as JSON: scores that were
             kept under other options are not read.
     """
 
-    build: Callable[[], Baseline]
+    build: Callable[[ThroughBase], Baseline]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,12 +63,14 @@ class UnseenSettings:
         window_tokens: of each; all but the first are scored.
         window_seed: of their choice.
         seeds: each method is fitted once with each.
+        num_folds: families are left out in so many parts; each by itself where None.
     """
 
     num_windows: int
     window_tokens: int
     window_seed: int = 0
     seeds: tuple[int, ...] = (0,)
+    num_folds: int | None = None
 
 
 @dataclass
@@ -108,29 +111,33 @@ class UnseenEvaluation:
             InvalidRecipeError: an adapter of the run is missing.
             InvalidInputError: the run's tasks are of one family, or no text tasks.
         """
-        attachment = Attachment(self.base.model, self.pipeline.bases)
         scores: dict[str, dict[str, Tensor]] = {task.name: {} for task in self.tasks}
-        for number, (task, label, path, make) in enumerate(self._list_scores()):
-            if not path.exists():
-                self._write(path, task, make(), attachment)
-            scores[task.name][label] = read_tensors(path)[0]["nll"]
-            report(number + 1)
-        attachment.detach(self.base.model)
+        batch_size = self.pipeline.run.recipe.finetune.batch_size
+        with self.pipeline.open_through_base(batch_size, seed=0) as through_base:
+            for number, (task, label, path, make) in enumerate(self._list_scores(through_base)):
+                if not path.exists():
+                    self._write(path, task, make(), through_base.attachment)
+                scores[task.name][label] = read_tensors(path)[0]["nll"]
+                report(number + 1)
         return scores
 
-    def _list_scores(self) -> Iterator[tuple[TextTask, str, Path, Callable[[], "_Subject"]]]:
+    def _list_scores(
+        self, through_base: ThroughBase
+    ) -> Iterator[tuple[TextTask, str, Path, Callable[[], "_Subject"]]]:
         """Task, label, where it is kept, and what makes the subject."""
         references = self._find_folder({})
         for task in self.tasks:
             for label, make in self._list_references(task):
                 yield task, label, references / f"{task.name}.{label}.safetensors", make
-        for family in dict.fromkeys(self.training_tasks.families):
-            rest = self.training_tasks.without(family)
+        families = list(dict.fromkeys(self.training_tasks.families))
+        num_folds = min(self.settings.num_folds or len(families), len(families))
+        for first in range(num_folds):
+            rest = self.training_tasks.without(*families[first::num_folds])
             tasks = [task for task in self.tasks if task.name not in rest.names]
             for name, method in self.methods.items():
-                folder = self._find_folder(method.options)
+                folder = self._find_folder({**method.options, "num_folds": num_folds})
                 for seed in self.settings.seeds:
-                    fitted = _Fitted(method, rest, seed, self.encoder)
+                    fitted = _Fitted(method, rest, seed, self.encoder, through_base)
                     for task in tasks:
                         words = task.heldout_descriptions[0]
                         for label, told in (("", words), (".gibberish", GIBBERISH)):
@@ -234,10 +241,11 @@ class _Fitted:
     tasks: TrainingTasks
     seed: int
     encoder: TaskEncoder
+    through_base: ThroughBase
 
     @cached_property
     def _baseline(self) -> Baseline:
-        baseline = self.method.build()
+        baseline = self.method.build(self.through_base)
         baseline.fit(self.tasks, self.seed)
         return baseline
 
@@ -249,4 +257,5 @@ class _Fitted:
 
 def _read_own(path: Path) -> _Subject:
     """Mean late checkpoint of one fine-tuning, rounded as it would be served."""
-    return _Subject(read_tensors(path)[0]["checkpoints"].mean(0).to(VECTOR_DTYPE).float())
+    kept = read_tensors(path)[0]["checkpoints"].float()
+    return _Subject(kept.mean(0).to(VECTOR_DTYPE).float())

@@ -15,6 +15,7 @@ from tests.fixtures.tiny_training import make_recipe
 from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
+from training.through_base import ThroughBase
 
 FUNCTIONAL = {"num_steps": 100, "batch_size": 8, "learning_rate": 1e-2}
 
@@ -81,7 +82,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     monkeypatch.setattr(training.functional, "SAVE_EVERY_STEPS", 4)
     recipe = make(tiny_open_clip, generator={"preset": "in_context", "epochs": 1})
     whole = run_until_generator(tmp_path / "whole", recipe).run.functional_generator(0)
-    measure, calls = training.functional._measure, 0
+    measure, calls = ThroughBase.measure_batch, 0
 
     def die(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -90,7 +91,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(training.functional, "_measure", die)
+    monkeypatch.setattr(ThroughBase, "measure_batch", die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_until_generator(tmp_path / "killed", recipe)

@@ -9,6 +9,7 @@ from service.errors import InvalidInputError
 from service.inference.base_model import EMBEDDED_TINY, BaseModel, load_base_model
 from training.adapters import cut_windows, measure_nll, tokenize_documents
 from training.baselines.prompt import prompt_with_description, prompt_with_examples
+from training.evaluation.text import read_prefix
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def test_the_windows_alone_are_scored(base: BaseModel) -> None:
     windows = cut_windows(tokenize_documents(base, ["some text to measure " * 40]), 3, 33, 0)
     prefix = prompt_with_description(base, "Write a recipe.")
 
-    nll = measure_nll(base, windows, prefix).sum(1)
+    read = read_prefix(base, prefix)
+    read.batch_repeat_interleave(len(windows))
+    nll = measure_nll(base, windows, read).sum(1)
 
     for window, measured in zip(windows, nll, strict=True):
         ids = torch.cat([prefix, window])[None]

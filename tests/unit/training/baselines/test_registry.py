@@ -22,7 +22,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "soup": {},
     "greedy_soup": {"score": lambda vector, _task: -float(vector.norm())},
     "multi_task": {
-        "task_loss": lambda vector, task: (vector - float(task[-1])).square().mean(),
+        "task_loss": lambda vector, task, _draws: (vector - float(task[-1])).square().mean(),
         "num_steps": 8,
     },
     "nearest": {},
@@ -33,7 +33,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "width": 8,
         "depth": 1,
         "num_steps": 8,
-        "task_loss": lambda vector, _task: vector.square().mean(),
+        "task_loss": lambda vector, _task, _draws: vector.square().mean(),
         "num_task_steps": 4,
     },
     "cond_p_diff": {

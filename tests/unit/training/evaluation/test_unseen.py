@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,6 +42,7 @@ def run(tiny_open_clip: TinyOpenClip, tmp_path_factory: pytest.TempPathFactory) 
         generator={"epochs": 2},
         tasks={"names": ["unicode_names", "html_entities", "python_reference"]},
         finetune={"seeds": [0, 1]},
+        functional={"num_steps": 4, "batch_size": 2, "learning_rate": 1e-3},
     )
     opened = RunDir.open(tmp_path_factory.mktemp("run"), recipe)
     Pipeline(opened).fine_tune_adapters()
@@ -54,8 +56,14 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-def score(run: RunDir, build: Callable[[], Soup], **options: int) -> dict[str, dict[str, Tensor]]:
-    job = UnseenEvaluation(Pipeline(run), {"soup": Method(build, options)}, SETTINGS)
+def score(
+    run: RunDir,
+    build: Callable[[], Soup],
+    settings: UnseenSettings = SETTINGS,
+    **options: int,
+) -> dict[str, dict[str, Tensor]]:
+    method = Method(lambda _: build(), options)
+    job = UnseenEvaluation(Pipeline(run), {"soup": method}, settings)
     steps: list[int] = []
     scores = job.score(lambda step, **_: steps.append(step))
     assert steps == list(range(1, job.num_scores + 1))
@@ -79,6 +87,13 @@ def test_every_task_is_scored_without_itself_and_once(run: RunDir) -> None:
         assert all(torch.equal(nll, again[task][label]) for label, nll in each.items())
     with pytest.raises(AssertionError, match="kept"):
         score(run, refuse, other=1)  # under other options they are not
+
+
+def test_families_are_left_out_in_parts(run: RunDir) -> None:
+    Spy.seen.clear()
+    score(run, Spy, replace(SETTINGS, num_folds=2))
+    assert [len(seen) for seen in Spy.seen] == [1, 2]
+    assert len(set(Spy.seen[0] + Spy.seen[1])) == 3
 
 
 def test_scores_are_those_of_what_they_name(run: RunDir) -> None:
@@ -137,14 +152,9 @@ def test_shares_and_outcomes_are_of_the_judged_method() -> None:
 
 
 def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
-    size = ["--windows", "12", "--window-tokens", "9"]
-    methods = ["--methods", "in_context", "soup"]
-    main(["unseen", str(run.root), *methods, *size, "--out", str(tmp_path)])
+    size = ["--windows", "12", "--window-tokens", "9", "--folds", "3"]
+    names = ["in_context", "in_context_functional", "soup", "multi_task", "greedy_soup"]
+    main(["unseen", str(run.root), "--methods", *names, *size, "--out", str(tmp_path)])
     body = json.loads((tmp_path / "unseen.json").read_text())
-    assert {row["name"] for row in body["results"]} == {
-        "in_context",
-        "soup",
-        "description",
-        "examples",
-    }
+    assert {row["name"] for row in body["results"]} == {*names, "description", "examples"}
     assert "| in_context |" in (tmp_path / "unseen.md").read_text()

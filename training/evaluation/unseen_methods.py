@@ -1,0 +1,110 @@
+"""Methods of the evaluation of unseen tasks, by name."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from service.errors import InvalidInputError
+from training.baselines import Baseline, build_baseline
+from training.evaluation.unseen import Method
+from training.recipe import FunctionalSection, Recipe
+from training.through_base import ThroughBase
+
+METHODS_OF_WEIGHTS = (
+    "soup",
+    "nearest",
+    "top_k",
+    "gaussian",
+    "pca_ridge",
+    "hypernet",
+    "cond_p_diff",
+)
+"""Baselines that need adapters and task vectors alone, with their default options."""
+
+PRESETS = ("paper", "token", "in_context")
+"""Generators, trained by reconstruction; `NAME_functional` is trained through the base after."""
+
+DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
+"""Section `[context]` of preset `in_context` where the recipe is of another preset."""
+
+SCORED_TASKS = 8
+SCORED_EXAMPLES = 8
+"""Training tasks, and windows of each, that the greedy soup is chosen on, by nats per token."""
+
+
+def build_method(name: str, recipe: Recipe) -> Method:
+    """A method; generators train as the recipe says.
+
+    The recipe's section `[functional]` also says how long what learns through the base does.
+
+    Raises:
+        InvalidInputError: an unknown name, or one that learns through the base while the recipe
+            has no section `[functional]`.
+    """
+    if name in METHODS_OF_WEIGHTS:
+        return Method(lambda _: build_baseline(name))
+    preset = name.removesuffix("_functional")
+    through_base = _METHODS_THROUGH_BASE.get(name)
+    if preset not in PRESETS and through_base is None:
+        known = [*METHODS_OF_WEIGHTS, *PRESETS, *_METHODS_THROUGH_BASE]
+        known += [f"{preset}_functional" for preset in PRESETS]
+        raise InvalidInputError(f"unknown method {name!r}; known: {', '.join(known)}")
+    if preset == name and through_base is None:
+        return _build_preset(preset, recipe, functional=False)
+    if recipe.functional is None:
+        raise InvalidInputError(f"method {name!r} needs a recipe with a section [functional]")
+    if through_base is None:
+        return _build_preset(preset, recipe, functional=True)
+    return Method(partial(through_base, recipe.functional), recipe.functional.model_dump())
+
+
+def _build_preset(preset: str, recipe: Recipe, *, functional: bool) -> Method:
+    body = recipe.to_json()
+    body["generator"]["preset"] = preset
+    context = body.pop("context", DEFAULT_CONTEXT)
+    if preset == "in_context":
+        body["context"] = context
+    if not functional:
+        body.pop("functional", None)
+    made_of = Recipe.model_validate(body)
+
+    def build(through_base: ThroughBase) -> Baseline:
+        passed = through_base if functional else None
+        return build_baseline(preset, recipe=made_of, through_base=passed)
+
+    sections = ("seed", "generator", "context", "functional")
+    return Method(build, {section: body.get(section) for section in sections})
+
+
+def _build_multi_task(section: FunctionalSection, through_base: ThroughBase) -> Baseline:
+    return build_baseline(
+        "multi_task", task_loss=through_base.measure_batch, num_steps=section.num_steps
+    )
+
+
+def _build_end_to_end(section: FunctionalSection, through_base: ThroughBase) -> Baseline:
+    return build_baseline(
+        "hypernet", task_loss=through_base.measure_batch, num_task_steps=section.num_steps
+    )
+
+
+def _build_greedy_soup(_: FunctionalSection, through_base: ThroughBase) -> Baseline:
+    def score(vector: Float[Tensor, " num_params"], task: str) -> float:
+        with torch.inference_mode():
+            return -float(through_base.measure(vector, task, torch.arange(SCORED_EXAMPLES)))
+
+    return build_baseline("greedy_soup", score=score, num_validation_tasks=SCORED_TASKS)
+
+
+_METHODS_THROUGH_BASE: Mapping[str, Callable[[FunctionalSection, ThroughBase], Baseline]]
+_METHODS_THROUGH_BASE = MappingProxyType(
+    {
+        "multi_task": _build_multi_task,
+        "hypernet_end_to_end": _build_end_to_end,
+        "greedy_soup": _build_greedy_soup,
+    }
+)
