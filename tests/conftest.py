@@ -22,4 +22,5 @@ pytest_plugins = [
     "tests.fixtures.tiny_bundle",
     "tests.fixtures.tiny_detection_bundle",
     "tests.fixtures.tiny_open_clip",
+    "tests.fixtures.tiny_reproduction",
 ]

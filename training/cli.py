@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from service.client.errors import ClientError
 from service.errors import IcmLoraError, InvalidInputError
+from training.reproduction.command import add_reproduce_command
 from training.server_commands import (
     add_policy_option,
     add_server_commands,
@@ -155,6 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     unseen.add_argument("--out", type=Path, metavar="DIR", help="write JSON and a table")
     _add_threads(unseen)
+
+    _add_threads(add_reproduce_command(add))
 
     generate = add(
         "generate", _generate, "make an adapter: here, as a PEFT directory, or on a server"

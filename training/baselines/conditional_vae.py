@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from service.errors import InvalidInputError
 from service.synthesis.normalizer import AdapterNormalizer
 from training.baselines.base import TrainingTasks
+from training.checkpoint import read_tensors
 from training.functional import train_functionally
-from training.generator import train_generator
+from training.generator import build_generator, train_generator
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.task_vectors import TaskVectors
@@ -29,6 +30,7 @@ class ConditionalVaeBaseline:
         recipe: its sections say how to train; `[generator]` must be of that preset.
         sample: whether z is drawn, as the paper does (Eq. 9), or is 0, as serving does by default.
         through_base: needed where the recipe has a section `[functional]`.
+        folder: where the training is kept, and resumed from; None: nothing is kept.
     """
 
     uses_target: ClassVar[bool] = False
@@ -37,6 +39,7 @@ class ConditionalVaeBaseline:
     recipe: Recipe
     sample: bool = False
     through_base: ThroughBase | None = None
+    folder: Path | None = None
     decoder: nn.Module = field(init=False, repr=False)
     normalizer: AdapterNormalizer = field(init=False, repr=False)
 
@@ -55,15 +58,26 @@ class ConditionalVaeBaseline:
         return self.preset
 
     def fit(self, tasks: TrainingTasks, seed: int) -> None:
-        """Trains in a folder that is removed afterwards."""
+        """Trains, or goes on with a training of the same recipe and seed.
+
+        Raises:
+            InvalidRecipeError: the folder holds the generator of another recipe.
+        """
         tasks.require_finite()
         counts = torch.tensor([len(rows) for rows in tasks.task_vectors])
         owner = torch.arange(len(counts)).repeat_interleave(counts)
         vectors = TaskVectors("baseline", torch.cat(tasks.task_vectors).float(), owner)
         checkpoints = dict(zip(tasks.names, tasks.checkpoints, strict=True))
-        with TemporaryDirectory() as folder:
-            run = RunDir.open(Path(folder), self.recipe)
-            model = train_generator(run, tasks.layout, checkpoints, vectors, seed, tasks.families)
+        with TemporaryDirectory() as scratch:
+            run = RunDir.open(self.folder or Path(scratch), self.recipe)
+            path = run.seeded_generator(seed)
+            if path.exists():
+                model = build_generator(tasks.layout, self.recipe, vectors, seed)
+                model.load_state_dict(read_tensors(path)[0])
+            else:
+                model = train_generator(
+                    run, tasks.layout, checkpoints, vectors, seed, tasks.families
+                )
             if self.through_base is not None:
                 train_functionally(
                     run,
@@ -74,6 +88,7 @@ class ConditionalVaeBaseline:
                     tasks.families,
                     self.through_base,
                     seed,
+                )
                 )
         self.normalizer = tasks.normalizer
         self.decoder = model.decoder.cpu().eval().requires_grad_(False)

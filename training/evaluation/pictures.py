@@ -1,15 +1,17 @@
-"""Pictures of detections: original, soup and generated adapter side by side (paper Figure 4)."""
+"""Pictures of detections, side by side: a row per method or rank (paper Figures 4 and 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from service.inference.base_model import BaseModel
 from service.inference.box_decoding import LocatedBox
 from service.synthesis.attachment import Attachment
+from service.synthesis.bases import AdapterBases
 from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
 from training.evaluation.boxes import find_boxes
 from training.tasks.detection_task import DetectionData, DetectionTask
@@ -19,10 +21,45 @@ SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
 
+@dataclass(frozen=True)
+class PictureRow:
+    """A row of pictures: one method's boxes on every shown task.
+
+    Attributes:
+        label: of the row.
+        bases: of its adapters.
+        vectors: adapters by task; None for the base alone.
+    """
+
+    label: str
+    bases: AdapterBases
+    vectors: Mapping[str, Float[Tensor, " num_params"]] | None
+
+
 def draw_comparison(
     synthesizer: Synthesizer, base: BaseModel, data: DetectionData, path: Path
 ) -> None:
-    """Draws a row per task: the first test scene with its object, under each method.
+    """Draws base, soup and generated adapter of a bundle."""
+    bundle = synthesizer.bundle
+    generated, soup = {}, {}
+    for task in choose_tasks(data):
+        recipe = AdapterRecipe.build(
+            task=task.heldout_descriptions[0], bundle_digest=bundle.digest
+        )
+        generated[task.name] = synthesizer.synthesize(recipe).vector
+        soup[task.name] = bundle.normalizer.mean
+    rows = (
+        PictureRow("base model", bundle.bases, None),
+        PictureRow("soup", bundle.bases, soup),
+        PictureRow("generated adapter", bundle.bases, generated),
+    )
+    draw_pictures(base, data, rows, path)
+
+
+def draw_pictures(
+    base: BaseModel, data: DetectionData, rows: Sequence[PictureRow], path: Path
+) -> None:
+    """Draws a column per task: the first test scene with its object, under each row's adapters.
 
     The scene is the first one in order, not a chosen one.
     """
@@ -32,35 +69,39 @@ def draw_comparison(
     from matplotlib import pyplot
 
     tasks = choose_tasks(data)
-    columns = ("base model", "soup", "generated adapter")
     figure, grid = pyplot.subplots(
-        len(columns), len(tasks), figsize=(3.1 * len(tasks), 9.6), layout="constrained"
+        len(rows),
+        len(tasks),
+        figsize=(3.1 * len(tasks), 3.2 * len(rows)),
+        layout="constrained",
+        squeeze=False,
     )
-    attachment = Attachment(base.model, synthesizer.bundle.bases)
-    for column, task in enumerate(tasks):
-        prompt = task.heldout_descriptions[0]
-        scene = find_scene(data, task)
-        pixels = data.test.read_pixels(scene)
-        pictures = base.processor.image_processor([pixels], return_tensors="pt")["pixel_values"]
-        with torch.inference_mode():
-            features = base.model.model.vision_tower(pictures).last_hidden_state
-        recipe = AdapterRecipe.build(task=prompt, bundle_digest=synthesizer.bundle.digest)
-        vectors = (
-            None,
-            synthesizer.bundle.normalizer.mean,
-            synthesizer.synthesize(recipe).vector.float(),
-        )
-        for row, vector in enumerate(vectors):
+    for number, row in enumerate(rows):
+        attachment = Attachment(base.model, row.bases)
+        for column, task in enumerate(tasks):
+            prompt = task.heldout_descriptions[0]
+            pixels = data.test.read_pixels(find_scene(data, task))
+            vector = None if row.vectors is None else row.vectors[task.name].float()
+            features = _encode(base, pixels)
             found = find_boxes(base, attachment, vector, features, prompt)[0]
-            _draw_boxes(grid[row][column], pixels, found)
-            if row == 0:
-                grid[row][column].set_title(prompt, fontsize=9)
+            _draw_boxes(grid[number][column], pixels, found)
+            if number == 0:
+                grid[number][column].set_title(prompt, fontsize=9)
             if column == 0:
-                grid[row][column].set_ylabel(columns[row])
-    attachment.detach(base.model)
+                grid[number][column].set_ylabel(row.label)
+        attachment.detach(base.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def _encode(
+    base: BaseModel, pixels: UInt8[Tensor, "3 height width"]
+) -> Float[Tensor, "1 features rows columns"]:
+    pictures = base.processor.image_processor([pixels], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        hidden = base.model.model.vision_tower(pictures.to(base.device, base.dtype))
+    return hidden.last_hidden_state  # type: ignore[no-any-return]
 
 
 def choose_tasks(data: DetectionData) -> Sequence[DetectionTask]:
