@@ -69,9 +69,7 @@ def encode_pictures(
     return vectors, torch.stack(unseen)
 
 
-def _find_objects(
-    source: SceneSource, task: DetectionTask, at_least: int
-) -> list[tuple[int, Box]]:
+def _find_objects(source: SceneSource, task: DetectionTask, at_least: int) -> list[tuple[int, Box]]:
     """The first object of a task in each scene that holds one."""
     found = []
     for scene, objects in enumerate(source.objects):

@@ -49,7 +49,7 @@ class LocatedBox:
 
 def decode_boxes(
     base: BaseModel,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     *,
     num_beams: int = 1,
     max_boxes: int = 16,

@@ -43,9 +43,7 @@ def draw_comparison(
     bundle = synthesizer.bundle
     generated, soup = {}, {}
     for task in choose_tasks(data):
-        recipe = AdapterRecipe.build(
-            task=task.heldout_descriptions[0], bundle_digest=bundle.digest
-        )
+        recipe = AdapterRecipe.build(task=task.heldout_descriptions[0], bundle_digest=bundle.digest)
         generated[task.name] = synthesizer.synthesize(recipe).vector
         soup[task.name] = bundle.normalizer.mean
     rows = (

@@ -67,7 +67,9 @@ _NOTES: Mapping[int, str] = {
 }
 
 
-def write_results(results: Path = RESULTS_DIR, paper: Path = PAPER_DIR, out: Path | None = None) -> Path:
+def write_results(
+    results: Path = RESULTS_DIR, paper: Path = PAPER_DIR, out: Path | None = None
+) -> Path:
     """Writes RESULTS.md; returns its path.
 
     Args:
@@ -113,22 +115,20 @@ def render_section(number: int, results: Path, paper: Path) -> Iterator[str]:
         return
     rows: list[StoredRow] = document["rows"]
     everything = [
-        row
-        for table in SWEEPS
-        for row in (read_table(paper, table) or {}).get("rows", ())
+        row for table in SWEEPS for row in (read_table(paper, table) or {}).get("rows", ())
     ]
     yield (
         f"Recipe `{document['recipe']}` (`{document['recipe_digest'][:12]}`), "
-        f"{rows[0]['num_scenes']} test scenes, {len(rows[0]['tasks'])} categories, fine-tuning seeds "
-        f"{', '.join(map(str, document['finetune_seeds']))}; {describe_runs(rows)}."
+        f"{rows[0]['num_scenes']} test scenes, {len(rows[0]['tasks'])} categories, fine-tuning "
+        f"seeds {', '.join(map(str, document['finetune_seeds']))}; {describe_runs(rows)}."
     )
     yield _PAPERS_LINE
     owns = {row["adapters"]: row for row in everything if row["method"] == "own"}
     yield render_rows(rows, owns)
     yield from _render_losses(list_losses(rows, everything))
     yield (
-        "mAP50: mean over categories, 95% interval over the instances of each; the difference to the "
-        "own adapter is paired by category, its interval over categories."
+        "mAP50: mean over categories, 95% interval over the instances of each; the difference to "
+        "the own adapter is paired by category, its interval over categories."
     )
 
 

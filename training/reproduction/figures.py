@@ -18,8 +18,8 @@ from training.evaluation.pictures import SHOWN_SCORE, PictureRow, draw_pictures
 from training.evaluation.report import describe_hardware
 from training.pipeline import describe_commit
 from training.recipe import Recipe
-from training.reproduction.tables import LABELS
 from training.reproduction import variants
+from training.reproduction.tables import LABELS
 from training.reproduction.variants import Row, change, with_paper_generator
 from training.reproduction.workspace import Workspace
 from training.tasks.text_task import read_wordings
@@ -31,7 +31,7 @@ PERPLEXITY = 8.0
 
 
 def project_vectors(rows: Float[Tensor, "points dim"], seed: int = 0) -> Float[Tensor, "points 2"]:
-    """t-SNE (van der Maaten and Hinton 2008) of unit vectors by cosine, the same for equal input."""
+    """t-SNE (van der Maaten and Hinton 2008) of unit vectors by cosine, the same for equal rows."""
     from sklearn.manifold import TSNE
 
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
@@ -86,7 +86,9 @@ def draw_task_vectors(
     figure.savefig(out / "figure-2.png", dpi=90)
     pyplot.close(figure)
     of = ", ".join(f"`{b.name}` (`{b.digest[:12]}`)" for b, _ in bundles.values())
-    caption = f"Task vectors of the bundles {of}, t-SNE by cosine, perplexity {PERPLEXITY:g}, seed 0."
+    caption = (
+        f"Task vectors of the bundles {of}, t-SNE by cosine, perplexity {PERPLEXITY:g}, seed 0."
+    )
     _write_caption(out, 2, caption)
 
 
@@ -123,8 +125,8 @@ def _draw(
     assert pipeline.detection is not None, "figures 4 and 5 are of detection"
     draw_pictures(pipeline.base, pipeline.detection, pictures, out / f"figure-{number}.png")
     caption = (
-        f"Recipe `{recipe.bundle.name}` (`{recipe.digest[:12]}`), generator seed {recipe.seed}, the "
-        f"first test scene of each category, boxes of a confidence of at least {SHOWN_SCORE:g}."
+        f"Recipe `{recipe.bundle.name}` (`{recipe.digest[:12]}`), generator seed {recipe.seed}, "
+        f"the first test scene of each category, boxes of a confidence of at least {SHOWN_SCORE:g}."
     )
     _write_caption(out, number, caption)
 
@@ -140,7 +142,11 @@ def _write_caption(out: Path, number: int, caption: str) -> None:
 
 
 def _scatter(
-    axes: Any, points: Float[Tensor, "points 2"], owner: Int[Tensor, " points"], bundle: Bundle, marker: str
+    axes: Any,
+    points: Float[Tensor, "points 2"],
+    owner: Int[Tensor, " points"],
+    bundle: Bundle,
+    marker: str,
 ) -> None:
     from matplotlib import colormaps
 

@@ -16,8 +16,8 @@ from service.synthesis.layout import AdapterKind, AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 from service.synthesis.task_encoder import TaskEncoder
 from training.checkpoint import write_text
-from training.evaluation.accounting import Storage, measure_storage
 from training.estimate import build_meta_model
+from training.evaluation.accounting import Storage, measure_storage
 from training.generator import configure_generator
 from training.pipeline import describe_commit
 from training.recipe import Recipe

@@ -153,15 +153,14 @@ def list_detection_losses(results: Sequence[DetectionResult]) -> list[str]:
         losses.append(
             f"The original model is better on {len(base)} of {len(results)} categories: "
             + ", ".join(
-                f"{r.title} ({r.ap50['base'].value:.3f} against "
-                f"{r.ap50['generated'].value:.3f})"
+                f"{r.title} ({r.ap50['base'].value:.3f} against {r.ap50['generated'].value:.3f})"
                 for r in base
             )
             + "."
         )
     losses.append(
-        f"The own adapter is better on {len(own)} of {len(results)} categories (mean over generator "
-        f"seeds), on {len(clear)} of them by more than the paired interval"
+        f"The own adapter is better on {len(own)} of {len(results)} categories (mean over "
+        f"generator seeds), on {len(clear)} of them by more than the paired interval"
         + (": " + ", ".join(r.title for r in clear) if clear else "")
         + f". Means: own {means['own']:.3f}, generated {means['generated']:.3f}."
     )
@@ -181,9 +180,7 @@ def list_text_losses(results: Sequence[TaskResult]) -> list[str]:
         f"The own adapter is better on {len(behind)} of {len(results)} domains, on {len(clear)} of "
         "them by more than the paired interval" + (f": {shown}." if clear else ".")
     ]
-    gibberish = [
-        r for r in results if r.scores["gibberish"].ppl <= r.scores["generated"].ppl
-    ]
+    gibberish = [r for r in results if r.scores["gibberish"].ppl <= r.scores["generated"].ppl]
     if gibberish:
         losses.append(
             "An adapter generated from gibberish does as well on: "

@@ -144,7 +144,11 @@ def _vary_depth(recipe: Recipe) -> _Drawn:
     for rank in RANKS:
         changed = change(recipe, adapter={"rank": rank})
         for depth in DEPTHS:
-            yield {"rank": rank, "depth": depth}, "paper", with_paper_generator(changed, depth=depth)
+            yield (
+                {"rank": rank, "depth": depth},
+                "paper",
+                with_paper_generator(changed, depth=depth),
+            )
 
 
 def _vary_encoder(recipe: Recipe) -> _Drawn:

@@ -172,5 +172,3 @@ def count_params(baseline: Baseline) -> int:
     elif isinstance(baseline, CondPDiff):
         networks = (baseline.autoencoder.decoder, baseline.denoiser)
     return sum(weight.numel() for network in networks for weight in network.parameters())
-
-

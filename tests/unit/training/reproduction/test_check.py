@@ -1,6 +1,5 @@
 """`reproduce --check`: targets are read off committed results, samples within a tolerance."""
 
-
 from pathlib import Path
 
 import pytest

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-
 import pytest
 
 from service.errors import InvalidRecipeError
@@ -13,6 +12,7 @@ from training.reproduction.committed import PAPER_DIR, RESULTS_DIR, SUITES, read
 from training.reproduction.document import RESULTS_FILE, render_document, render_section
 from training.reproduction.row_store import RowStore
 from training.reproduction.tables import compare, list_losses, list_text_losses, render_rows
+
 
 def test_the_committed_document_is_that_of_the_committed_results() -> None:
     expected = render_document(RESULTS_DIR, PAPER_DIR, RESULTS_FILE.parent)
