@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from training.checkpoint import write_text
 from training.evaluation import detection_report, report
@@ -14,6 +13,7 @@ from training.reproduction.tables import (
     describe_runs,
     list_detection_losses,
     list_losses,
+    list_storage_losses,
     list_text_losses,
     render_rows,
     render_storage,
@@ -111,7 +111,7 @@ def render_section(number: int, results: Path, paper: Path) -> Iterator[str]:
         yield f"Commit `{document['commit']}`."
         yield _PAPERS_LINE
         yield render_storage(document["rows"])
-        yield _describe_break_even(document["rows"])
+        yield from _render_losses(list_storage_losses(document["rows"]))
         return
     rows: list[StoredRow] = document["rows"]
     everything = [
@@ -183,17 +183,6 @@ def _render_losses(losses: Sequence[str]) -> Iterator[str]:
         yield "Where we lose:\n\n" + "\n".join(f"- {line}" for line in losses)
     else:
         yield "Where we lose: nowhere in this table."
-
-
-def _describe_break_even(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        f"- {row['bundle']}, rank {row['rank']}: {row['tasks']} tasks are trained, and it takes "
-        f"{row['break_even']['fp16']['alone']:,} of them (with the encoder "
-        f"{row['break_even']['fp16']['with_encoder']:,}) until the generator is the smaller one."
-        for row in rows
-        if row["shipped"] and row["tasks"] < row["break_even"]["fp16"]["alone"]
-    ]
-    return "\n".join(["Where we lose:", "", *lines]) if lines else "Where we lose: nowhere here."
 
 
 def _describe_figure(paper: Path, number: int) -> str:

@@ -78,7 +78,7 @@ def draw_task_vectors(
         points = project_vectors(torch.cat([bundle.task_vectors, words]))
         _scatter(axes, points[: len(bundle.owner)], bundle.owner, bundle, "o")
         _scatter(axes, points[len(bundle.owner) :], extra, bundle, "x")
-        axes.set_title(f"{title}: task vectors, trained on (dots) and unseen (crosses)")
+        axes.set_title(f"{title}: trained on (dots), unseen (crosses)", fontsize=11)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -7,7 +7,7 @@ import torch
 
 from training.evaluation.detection import DetectionResult, mean_ap50
 from training.evaluation.statistics import Interval, resample_ratio
-from training.evaluation.text import TaskResult
+from training.evaluation.text import MAX_PPL_RATIO, TaskResult
 from training.reproduction.row_store import StoredRow
 
 REFERENCES = ("own", "soup", "cond_p_diff")
@@ -44,6 +44,29 @@ def render_storage(rows: Sequence[StoredRow]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def list_storage_losses(rows: Sequence[StoredRow]) -> list[str]:
+    """Where a shipped generator takes more bytes than stored adapters, or than preset `paper`."""
+    losses = []
+    for row in rows:
+        if not row["shipped"]:
+            continue
+        even, name = row["break_even"]["fp16"], f"{row['bundle']}, rank {row['rank']}"
+        if row["tasks"] < even["alone"]:
+            losses.append(
+                f"{name}: the generator was trained on {row['tasks']} tasks and is smaller than "
+                f"stored adapters from {even['alone']:,} tasks on (with the encoder "
+                f"{even['with_encoder']:,})."
+            )
+        for other in rows:
+            is_same = (other["bundle"], other["rank"]) == (row["bundle"], row["rank"])
+            if is_same and other["generator"] < row["generator"]:
+                losses.append(
+                    f"{name}: preset `{other['preset']}` takes {other['generator'] / 1e6:,.2f} MB, "
+                    f"ours {row['generator'] / 1e6:,.2f} MB."
+                )
+    return losses
 
 
 def render_rows(rows: Sequence[StoredRow], owns: Mapping[str, StoredRow]) -> str:
@@ -180,12 +203,13 @@ def list_text_losses(results: Sequence[TaskResult]) -> list[str]:
         f"The own adapter is better on {len(behind)} of {len(results)} domains, on {len(clear)} of "
         "them by more than the paired interval" + (f": {shown}." if clear else ".")
     ]
-    gibberish = [r for r in results if r.scores["gibberish"].ppl <= r.scores["generated"].ppl]
+    gibberish = [
+        r for r in results if r.scores["gibberish"].ppl <= MAX_PPL_RATIO * r.scores["generated"].ppl
+    ]
     if gibberish:
         losses.append(
-            "An adapter generated from gibberish does as well on: "
-            + ", ".join(r.title for r in gibberish)
-            + "."
+            f"An adapter generated from gibberish is within a factor of {MAX_PPL_RATIO:g} of the "
+            "one generated from the description on: " + ", ".join(r.title for r in gibberish) + "."
         )
     return losses
 

@@ -16,14 +16,14 @@ from training.reproduction.variants import adapters_digest, change, list_rows
 from training.reproduction.workspace import Workspace
 from training.run_dir import RunDir
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
 
 def read_rows(out: Path, table: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((out / f"table-{table}.json").read_text())["rows"]
     return rows
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("tiny_tables")
 def test_all_tables_are_measured_resumed_and_share_their_work(
     tiny_detection_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
