@@ -16,6 +16,12 @@ Measures the paper's tables and figures on the bases and data that are here, and
 What is finished is kept, row by row: the same command again goes on where it was stopped. Tables 1
 and 2 come from the committed evaluations, table 3 is computed in seconds; 4, 5 and 6 train."""
 
+COSTS = """\
+About so long on two CPU cores, by the processor time of single steps: table 4 one hour and another
+one and a half a generator seed; table 5 then five hours a seed; table 6 then half an hour a seed;
+tables 1 to 3 and figure 2 seconds; --check two minutes. The scenes are composed once, in half an
+hour. Tables 5 and 6 take from table 4 what it has, so measure it first; --seeds 0 is the cheapest."""
+
 AddParser = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
@@ -23,6 +29,7 @@ def add_reproduce_command(add: AddParser) -> argparse.ArgumentParser:
     """Adds `icm-lora reproduce`."""
     sub = add("reproduce", run_reproduce, "measure the paper's tables and figures")
     sub.description = ABOUT
+    sub.epilog = COSTS
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", type=int, choices=range(1, 7), metavar="N", help="1 to 6")
     what.add_argument("--figure", type=int, choices=(2, 4, 5), metavar="N", help="2, 4 or 5")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import training.baselines.conditional_vae
 from tests.fixtures.kernel import normal
 from tests.fixtures.tiny_tasks import draw_tasks
 from tests.fixtures.tiny_training import TINY_LAYOUT, open_run
@@ -215,3 +216,21 @@ def test_the_multi_task_adapter_is_best_for_the_tasks_together() -> None:
     )
     baseline.fit(tasks, 0)
     torch.testing.assert_close(baseline.vector, torch.ones(64), atol=0.2, rtol=0)
+
+
+def test_a_kept_training_is_resumed_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = draw_tasks()
+    recipe = open_run(tmp_path / "run", generator={"epochs": 2}).recipe
+    fresh = ConditionalVaeBaseline("token", recipe)
+    fresh.fit(tasks, 3)
+    kept = ConditionalVaeBaseline("token", recipe, folder=tmp_path / "kept")
+    kept.fit(tasks, 3)
+
+    monkeypatch.delattr(training.baselines.conditional_vae, "train_generator")
+    again = ConditionalVaeBaseline("token", recipe, folder=tmp_path / "kept")
+    again.fit(tasks, 3)
+
+    assert torch.equal(again.generate(VECTOR, 0), fresh.generate(VECTOR, 0))
+    assert torch.equal(kept.generate(VECTOR, 0), fresh.generate(VECTOR, 0))
