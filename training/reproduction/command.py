@@ -20,7 +20,7 @@ COSTS = """\
 About so long on two CPU cores, by the processor time of single steps: table 4 one hour and another
 one and a half a generator seed; table 5 then five hours a seed; table 6 then half an hour a seed;
 tables 1 to 3 and figure 2 seconds; --check two minutes. The scenes are composed once, in half an
-hour. Tables 5 and 6 take from table 4 what it has, so measure it first; --seeds 0 is the cheapest."""
+hour. Tables 5 and 6 take from table 4 what it has, so measure it first; --seeds 0 is cheapest."""
 
 AddParser = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
