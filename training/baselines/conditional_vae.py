@@ -89,7 +89,6 @@ class ConditionalVaeBaseline:
                     self.through_base,
                     seed,
                 )
-                )
         self.normalizer = tasks.normalizer
         self.decoder = model.decoder.cpu().eval().requires_grad_(False)
 
