@@ -17,6 +17,7 @@ DETECTION_RESULTS = ROOT / "training" / "results" / "detection-embedded"
 SERVING_RESULTS = ROOT / "training" / "results" / "serving"
 SERVING_COMMANDS = {
     "serving": "bench-serving",
+    "serving-bfloat16": "bench-serving",
     "scaling": "bench-scaling",
     "interference": "bench-interference",
     "overload": "bench-overload",
@@ -84,6 +85,8 @@ def _render_serving(folder: Path) -> str:
     for name, document in found.items():
         peer = document["setup"].get("vllm")
         made_by = f"`make {SERVING_COMMANDS[name]}`, commit `{document['commit']}`"
+        if "serving" in name:  # on two kinds of CPU
+            made_by += f", {document['hardware']['vectors']}"
         lines.append(f"| *{document['title']}* ({made_by}{f', vLLM {peer}' if peer else ''}) | | |")
         rows = document["measurements"]
         shown = rows if name != "scaling" else [row for row in rows if row["target"] is not None]
