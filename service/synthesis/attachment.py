@@ -20,6 +20,7 @@ from service.synthesis.packed_weight import (
     JointOutputs,
     PackedWeight,
     is_small,
+    join_linears,
     pack_linears,
 )
 
@@ -305,6 +306,7 @@ class Attachment:
         if self.layout.kind is AdapterKind.CORE:
             dtype = next(iter(self._adapted.values())).weight.dtype
             self._group_modules(packs=is_small(model) and dtype == torch.bfloat16)
+        join_linears(model)
         pack_linears(model)
 
     def detach(self, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ after every product would take a tenth of the step of one row, so a language mod
 in float32 from its embeddings on (`widen_activations`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -216,30 +216,41 @@ def pack_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """
     if not is_small(model):
         return
-    plain = {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear and module.weight.dtype == dtype and can_pack(module.weight)
-    }
+    for path, module in _find_plain(model, dtype).items():
+        model.set_submodule(path, PackedLinear(module), strict=True)
+
+
+def join_linears(model: nn.Module) -> None:
+    """Replaces plain bfloat16 layers with one input by one product, where packing pays.
+
+    The model is then for one thread at a time: what one layer computes waits for the others. Call
+    it before `pack_linears`, which takes single layers.
+    """
+    if not is_small(model):
+        return
+    plain = _find_plain(model, torch.bfloat16)
     for path in plain:
         parent, _, role = path.rpartition(".")
         roles = next((roles for roles in SHARED_INPUTS if role == roles[0]), (role,))
         paths = [f"{parent}.{each}" if parent else each for each in roles]
         group = [plain[each] for each in paths if each in plain]
-        if len(group) == len(paths) > 1 and all(each.bias is None for each in group):
-            _join_linears(model, dict(zip(paths, group, strict=True)))
-    for path, module in plain.items():
-        if model.get_submodule(path) is module:
-            model.set_submodule(path, PackedLinear(module), strict=True)
+        if not len(group) == len(paths) > 1 or any(each.bias is not None for each in group):
+            continue
+        packed = PackedWeight(torch.cat([module.weight for module in group]))
+        if not packed.is_packed:
+            continue
+        joint = JointOutputs([module.out_features for module in group])
+        for position, (each, module) in enumerate(zip(paths, group, strict=True)):
+            model.set_submodule(each, JointLinear(module, packed, joint, position), strict=True)
 
 
-def _join_linears(model: nn.Module, group: Mapping[str, nn.Linear]) -> None:
-    packed = PackedWeight(torch.cat([module.weight for module in group.values()]))
-    if not packed.is_packed:
-        return
-    joint = JointOutputs([module.out_features for module in group.values()])
-    for position, (path, module) in enumerate(group.items()):
-        model.set_submodule(path, JointLinear(module, packed, joint, position), strict=True)
+def _find_plain(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Linear]:
+    """Linear layers of a dtype whose weights can be packed, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and module.weight.dtype == dtype and can_pack(module.weight)
+    }
 
 
 def widen_activations(model: Any) -> None:
