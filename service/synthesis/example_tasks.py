@@ -16,7 +16,7 @@ dimensions vary more than all others together, with whatever the last token is) 
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,11 +59,16 @@ class ExampleTexts:
 
     @property
     def digest(self) -> str:
-        """sha256 over the texts' own."""
-        total = hashlib.sha256()
-        for text in self.texts:
-            total.update(hashlib.sha256(text.encode()).digest())
-        return total.hexdigest()
+        """As `digest_examples`."""
+        return digest_examples(text.encode() for text in self.texts)
+
+
+def digest_examples(examples: Iterable[bytes]) -> str:
+    """sha256 over the examples' own, in their order; hexadecimal."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(hashlib.sha256(example).digest())
+    return total.hexdigest()
 
 
 def _normalize(number: int, text: str) -> str:

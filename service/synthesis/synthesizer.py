@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,12 @@ from torch import Tensor
 
 from service.errors import IcmLoraError, InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
-from service.synthesis.example_tasks import ExampleTasks, ExampleTexts, merge_task_vectors
+from service.synthesis.example_tasks import (
+    ExampleTasks,
+    ExampleTexts,
+    digest_examples,
+    merge_task_vectors,
+)
 from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
 from service.synthesis.novelty import NoveltyScale, draw_nonsense
 from service.synthesis.row_decoding import decode_rows
@@ -52,6 +57,17 @@ class GenerationMode(StrEnum):
     SAMPLE = "sample"
 
 
+class RecipeOptions(TypedDict):
+    """How a task becomes an adapter; what is left out is as `AdapterRecipe._build` has it."""
+
+    bundle_digest: str
+    mode: NotRequired[str]
+    seed: NotRequired[int]
+    temperature: NotRequired[float]
+    strength: NotRequired[float]
+    tenant: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class AdapterRecipe:
     """Everything that determines a generated adapter; its sha256 is the adapter's id.
@@ -78,44 +94,17 @@ class AdapterRecipe:
     examples: str = ""
 
     @classmethod
-    def build(
-        cls,
-        *,
-        task: str,
-        bundle_digest: str,
-        mode: str = "mode",
-        seed: int = 0,
-        temperature: float = 1.0,
-        strength: float = 1.0,
-        tenant: str = "public",
-    ) -> "AdapterRecipe":
+    def build(cls, *, task: str, **options: Unpack[RecipeOptions]) -> "AdapterRecipe":
         """Normalises a request, so that requests for the same adapter get the same id.
 
         Raises:
             InvalidInputError: an empty or over-long description, or a number out of range.
         """
-        return cls._build(
-            normalize_description(task),
-            "",
-            bundle_digest,
-            mode,
-            seed,
-            temperature,
-            strength,
-            tenant,
-        )
+        return cls._build(normalize_description(task), "", **options)
 
     @classmethod
     def build_from_images(
-        cls,
-        images: Sequence[bytes],
-        *,
-        bundle_digest: str,
-        mode: str = "mode",
-        seed: int = 0,
-        temperature: float = 1.0,
-        strength: float = 1.0,
-        tenant: str = "public",
+        cls, images: Sequence[bytes], **options: Unpack[RecipeOptions]
     ) -> "AdapterRecipe":
         """As `build`, for a task that example images describe: the same files, the same id.
 
@@ -124,53 +113,32 @@ class AdapterRecipe:
         """
         if not images:
             raise InvalidInputError("a task by example needs at least one image")
-        total = hashlib.sha256()
-        for image in images:
-            total.update(hashlib.sha256(image).digest())
-        return cls._build(
-            "", total.hexdigest(), bundle_digest, mode, seed, temperature, strength, tenant
-        )
+        return cls._build("", digest_examples(images), **options)
 
     @classmethod
     def build_from_texts(
-        cls,
-        examples: ExampleTexts,
-        *,
-        task: str | None = None,
-        bundle_digest: str,
-        mode: str = "mode",
-        seed: int = 0,
-        temperature: float = 1.0,
-        strength: float = 1.0,
-        tenant: str = "public",
+        cls, examples: ExampleTexts, *, task: str | None = None, **options: Unpack[RecipeOptions]
     ) -> "AdapterRecipe":
         """As `build`, for a task that example texts describe, with words beside them or without.
 
         Raises:
             InvalidInputError: words that are empty or too long, or a number out of range.
         """
-        return cls._build(
-            "" if task is None else normalize_description(task),
-            examples.digest,
-            bundle_digest,
-            mode,
-            seed,
-            temperature,
-            strength,
-            tenant,
-        )
+        words = "" if task is None else normalize_description(task)
+        return cls._build(words, examples.digest, **options)
 
     @classmethod
     def _build(
         cls,
         task: str,
         examples: str,
+        *,
         bundle_digest: str,
-        mode: str,
-        seed: int,
-        temperature: float,
-        strength: float,
-        tenant: str,
+        mode: str = "mode",
+        seed: int = 0,
+        temperature: float = 1.0,
+        strength: float = 1.0,
+        tenant: str = "public",
     ) -> "AdapterRecipe":
         if mode not in set(GenerationMode):
             raise InvalidInputError(f"mode {mode!r} is unknown: use mode or sample")
@@ -355,6 +323,13 @@ class Synthesizer:
         if isinstance(result, IcmLoraError):
             raise result
         return result
+
+    def synthesize_words(self, task: str) -> SynthesizedAdapter:
+        """The adapter of a description, everything else as it is by default; blocking.
+
+        Raises: as `synthesize`; InvalidInputError also for an empty or over-long description.
+        """
+        return self.synthesize(AdapterRecipe.build(task=task, bundle_digest=self.bundle.digest))
 
     def synthesize_batch(
         self, orders: Sequence[SynthesisOrder]
