@@ -15,14 +15,12 @@ from training.server_commands import (
     add_server_options,
     generate_on_server,
 )
+from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
 
 if TYPE_CHECKING:
     from training.pipeline import Pipeline
 
-BUNDLES_DIR = Path(__file__).parents[1] / "service" / "bundles"
-REPOSITORY_BUNDLE = BUNDLES_DIR / "text-smollm2"
-SUITE_BUNDLES = {"text": REPOSITORY_BUNDLE, "detection": BUNDLES_DIR / "detection-embedded"}
-RESULTS_DIR = Path(__file__).parent / "results"
+REPOSITORY_BUNDLE = BUNDLES_DIR / SUITES["text"]
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -114,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_threads(extend)
 
     evaluate = add("evaluate", _evaluate, "score a bundle on held-out data")
-    evaluate.add_argument("--suite", choices=sorted(SUITE_BUNDLES), default="text")
+    evaluate.add_argument("--suite", choices=sorted(SUITES), default="text")
     evaluate.add_argument("--bundle", type=Path, help="default: the shipped one of the suite")
     evaluate.add_argument(
         "--own",
@@ -321,7 +319,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from service.synthesis.synthesizer import load_synthesizer
     from training.evaluation.run import evaluate_detection_bundle, evaluate_text_bundle
 
-    synthesizer = load_synthesizer(arguments.bundle or SUITE_BUNDLES[arguments.suite])
+    synthesizer = load_synthesizer(arguments.bundle or BUNDLES_DIR / SUITES[arguments.suite])
     bundle = synthesizer.bundle
     if bundle.modality != arguments.suite:
         raise InvalidInputError(f"bundle {bundle.name} is for --suite {bundle.modality}")

@@ -22,7 +22,7 @@ from service.synthesis.cvae import ConditionalVAE
 from service.synthesis.example_tasks import ExampleVectors
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
-from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, build_synthesizer
+from service.synthesis.synthesizer import VECTOR_DTYPE, build_synthesizer
 from training.adapters import (
     MeasureLoss,
     cut_windows,
@@ -337,10 +337,8 @@ class Pipeline:
             decoder = self._read_generator(seed, vectors).decoder.half().float()
             synthesizer = build_synthesizer(replace(bundle, decoder=decoder))
             for task in self.tasks:
-                recipe = AdapterRecipe.build(
-                    task=task.heldout_descriptions[0], bundle_digest=bundle.digest
-                )
-                adapters[f"{task.name}.{seed}"] = synthesizer.synthesize(recipe).vector
+                made = synthesizer.synthesize_words(task.heldout_descriptions[0])
+                adapters[f"{task.name}.{seed}"] = made.vector
         if adapters:
             write_tensors(self.run.seed_adapters, adapters, {"layout": bundle.layout.digest})
 

@@ -20,6 +20,9 @@ from training.baselines.pca_ridge import PcaRidge
 from training.baselines.soup import Soup
 from training.baselines.top_k import TopK
 
+PRESETS = ("paper", "token", "in_context")
+"""Generators of this project, by their presets."""
+
 BASELINES: Mapping[str, Callable[..., Baseline]] = MappingProxyType(
     {
         Soup.name: Soup,
@@ -31,9 +34,7 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = MappingProxyType(
         PcaRidge.name: PcaRidge,
         HyperNet.name: HyperNet,
         CondPDiff.name: CondPDiff,
-        "paper": partial(ConditionalVaeBaseline, "paper"),
-        "token": partial(ConditionalVaeBaseline, "token"),
-        "in_context": partial(ConditionalVaeBaseline, "in_context"),
+        **{preset: partial(ConditionalVaeBaseline, preset) for preset in PRESETS},
         OwnCheckpointsMean.name: OwnCheckpointsMean,
     }
 )

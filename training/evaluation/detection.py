@@ -14,7 +14,7 @@ from service.errors import InvalidAdapterError
 from service.inference.base_model import BaseModel
 from service.inference.box_decoding import LocatedBox
 from service.synthesis.attachment import Attachment
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from training.evaluation.average_precision import (
     CategoryScore,
     bootstrap_ap,
@@ -125,12 +125,12 @@ def evaluate_detection(
         if task.name not in own_adapters:
             raise InvalidAdapterError(f"no own adapter of task {task.name!r} to compare with")
         prompt = task.heldout_descriptions[0]
-        words = [_generate(synthesizer, each) for each in task.heldout_descriptions]
+        words = [synthesizer.synthesize_words(each) for each in task.heldout_descriptions]
         vectors = {
             "own": own_adapters[task.name].float(),
             "soup": bundle.normalizer.mean,
-            "generated": words[0][0],
-            "gibberish": _generate(synthesizer, GIBBERISH)[0],
+            "generated": words[0].vector.float(),
+            "gibberish": synthesizer.synthesize_words(GIBBERISH).vector.float(),
         }
         # The base is asked in words that it was trained on: its best case.
         found = {"base": detect(None, task.descriptions[0])}
@@ -163,7 +163,7 @@ def evaluate_detection(
                 },
                 own_row=_score_row(found["own"], objects, categories),
                 generated_row=_score_row(found["generated"], objects, categories),
-                nearest=tuple(near for _, near in words),
+                nearest=tuple(each.nearest[0].name for each in words),
             )
         )
     attachment.detach(base.model)
@@ -228,9 +228,3 @@ def _score_row(
         category: score_category(found, objects, category) for category in categories
     }
     return {category: score.ap50 for category, score in scores.items()}
-
-
-def _generate(synthesizer: Synthesizer, task: str) -> tuple[Tensor, str]:
-    recipe = AdapterRecipe.build(task=task, bundle_digest=synthesizer.bundle.digest)
-    adapter = synthesizer.synthesize(recipe)
-    return adapter.vector.float(), adapter.nearest[0].name

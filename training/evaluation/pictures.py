@@ -12,7 +12,7 @@ from service.inference.base_model import BaseModel
 from service.inference.box_decoding import LocatedBox
 from service.synthesis.attachment import Attachment
 from service.synthesis.bases import AdapterBases
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from training.evaluation.boxes import find_boxes
 from training.tasks.detection_task import DetectionData, DetectionTask
 
@@ -43,8 +43,7 @@ def draw_comparison(
     bundle = synthesizer.bundle
     generated, soup = {}, {}
     for task in choose_tasks(data):
-        recipe = AdapterRecipe.build(task=task.heldout_descriptions[0], bundle_digest=bundle.digest)
-        generated[task.name] = synthesizer.synthesize(recipe).vector
+        generated[task.name] = synthesizer.synthesize_words(task.heldout_descriptions[0]).vector
         soup[task.name] = bundle.normalizer.mean
     rows = (
         PictureRow("base model", bundle.bases, None),

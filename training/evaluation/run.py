@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from service.inference.base_model import BaseModel, load_base_model
 from service.synthesis.synthesizer import Synthesizer
 from training.checkpoint import read_tensors, write_text
 from training.detection_examples import encode_scenes
 from training.evaluation import detection, detection_report, report, text
+from training.evaluation.bundle_base import load_bundle_base
 from training.evaluation.pictures import draw_comparison
 from training.evaluation.unseen import UnseenEvaluation, UnseenSettings
 from training.evaluation.unseen_methods import build_method
@@ -18,7 +18,6 @@ from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
 from training.recipe import Recipe
 from training.run_dir import RunDir
-from training.tasks.cache import default_cache_dir
 from training.tasks.composites import read_categories
 from training.tasks.detection import load_detection_data
 from training.tasks.text import load_text_tasks
@@ -39,7 +38,7 @@ def evaluate_text_bundle(
     recipe = Recipe.model_validate(bundle.provenance["recipe"])
     tasks = load_text_tasks(recipe.tasks.source, names)
     own, _ = read_tensors(own_path)
-    base = _load_base(synthesizer, recipe)
+    base = load_bundle_base(bundle, recipe)
     with show_progress("evaluate", len(tasks) * len(text.METHODS)) as show:
         results = text.evaluate_text(
             synthesizer,
@@ -84,7 +83,7 @@ def evaluate_detection_bundle(
     own, _ = read_tensors(own_path)
     seeds_path = own_path.with_name("seed_adapters.safetensors")
     seeds = read_tensors(seeds_path)[0] if seeds_path.exists() else {}
-    base = _load_base(synthesizer, recipe)
+    base = load_bundle_base(bundle, recipe)
     objects = data.test.objects[:num_scenes]
     features = encode_scenes(base, data.test, range(len(objects)))
     known = read_categories() if recipe.detector is not None else {}
@@ -116,16 +115,6 @@ def evaluate_detection_bundle(
         detection_report.write_detection_report(out, results, bundle, settings)
         draw_comparison(synthesizer, base, data, out / "pictures.png")
     return list(detection.check_detection(results).missed)
-
-
-def _load_base(synthesizer: Synthesizer, recipe: Recipe) -> BaseModel:
-    bundle = synthesizer.bundle
-    return load_base_model(
-        bundle.base_reference,
-        dtype=recipe.base.dtype,
-        cache_dir=default_cache_dir(),
-        bundle_folder=bundle.folder,
-    )
 
 
 def evaluate_unseen(

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from service.errors import InvalidAdapterError
 from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from training.adapters import cut_windows, measure_nll, tokenize_documents
 from training.evaluation.statistics import Interval, bootstrap_ppl_ratio
 from training.progress import Report
@@ -108,13 +108,13 @@ def evaluate_text(
         tokens = tokenize_documents(base, task.test)
         windows = cut_windows(tokens, num_windows, window_tokens, seed)
         own = own_adapters[task.name].float()
-        words = [_generate(synthesizer, words) for words in task.heldout_descriptions]
+        words = [synthesizer.synthesize_words(words) for words in task.heldout_descriptions]
         vectors = {
             "base": None,
             "own": own,
             "soup": bundle.normalizer.mean,
-            "generated": words[0][0],
-            "gibberish": _generate(synthesizer, GIBBERISH)[0],
+            "generated": words[0].vector.float(),
+            "gibberish": synthesizer.synthesize_words(GIBBERISH).vector.float(),
         }
         sums: dict[str, Tensor] = {}
         for method in METHODS:
@@ -122,7 +122,9 @@ def evaluate_text(
             report(len(results) * len(METHODS) + len(sums))
         characters = sum(len(text) for text in base.tokenizer.batch_decode(windows[:, 1:].tolist()))
         results.append(
-            _summarize(task, sums, vectors, windows, characters, [near for _, near in words])
+            _summarize(
+                task, sums, vectors, windows, characters, [each.nearest[0].name for each in words]
+            )
         )
     attachment.detach(base.model)
     return results
@@ -159,12 +161,6 @@ def read_prefix(base: BaseModel, prefix: Int[Tensor, " prefix_tokens"]) -> Dynam
     ids = prefix[None].to(base.device)
     base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
-
-
-def _generate(synthesizer: Synthesizer, task: str) -> tuple[Tensor, str]:
-    recipe = AdapterRecipe.build(task=task, bundle_digest=synthesizer.bundle.digest)
-    adapter = synthesizer.synthesize(recipe)
-    return adapter.vector.float(), adapter.nearest[0].name
 
 
 def _summarize(

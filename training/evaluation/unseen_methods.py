@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from service.errors import InvalidInputError
-from training.baselines import Baseline, build_baseline
+from training.baselines import PRESETS, Baseline, build_baseline
 from training.evaluation.unseen import Method
 from training.recipe import FunctionalSection, Recipe
 from training.through_base import ThroughBase
@@ -25,9 +25,6 @@ METHODS_OF_WEIGHTS = (
 )
 """Baselines that need adapters and task vectors alone, with their default options."""
 
-PRESETS = ("paper", "token", "in_context")
-"""Generators, trained by reconstruction; `NAME_functional` is trained through the base after."""
-
 DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
 """Section `[context]` of preset `in_context` where the recipe is of another preset."""
 
@@ -37,7 +34,7 @@ SCORED_EXAMPLES = 8
 
 
 def build_method(name: str, recipe: Recipe) -> Method:
-    """A method; generators train as the recipe says.
+    """A method; generators train as the recipe says, `PRESET_functional` through the base as well.
 
     The recipe's section `[functional]` also says how long what learns through the base does.
 

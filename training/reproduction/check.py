@@ -8,11 +8,12 @@ from typing import Any
 
 from training.evaluation.detection import MAX_MEAN_GAP, MAX_TASK_GAP, check_detection, mean_ap50
 from training.evaluation.text import MAX_PPL_RATIO
-from training.reproduction.committed import PAPER_DIR, RESULTS_DIR, read_evaluation
+from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.remeasure import Remeasured, remeasure_suite
 from training.reproduction.row_store import StoredRow, read_table
 from training.reproduction.tables import LABELS, compare
 from training.reproduction.variants import RANKS, SWEEPS
+from training.shipped import RESULTS_DIR
 
 AP50_TOLERANCE = 0.02
 """A live AP50 may differ so much from the committed one: processors round otherwise, and a box

@@ -65,7 +65,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     finally:  # also of an interrupted job: what is finished is to be seen
         path = write_results(paper=out, out=arguments.out and out / "RESULTS.md")
     if arguments.table is not None:
-        from training.reproduction.committed import RESULTS_DIR
+        from training.shipped import RESULTS_DIR
 
         print("\n\n".join(render_section(arguments.table, RESULTS_DIR, out)))
     print(f"wrote {path}")
@@ -110,8 +110,7 @@ def _draw(arguments: argparse.Namespace, out: Path) -> None:
 def _load_bundles() -> "dict[str, tuple[Bundle, TaskEncoder]]":
     from service.synthesis.bundle import read_bundle
     from service.synthesis.task_encoder import build_task_encoder
-    from training.reproduction.committed import SUITES
-    from training.reproduction.remeasure import BUNDLES_DIR
+    from training.shipped import BUNDLES_DIR, SUITES
 
     loaded = {}
     for name in SUITES.values():

@@ -11,13 +11,10 @@ from pydantic import TypeAdapter
 from service.errors import InvalidInputError
 from training.evaluation.detection import DetectionResult
 from training.evaluation.text import TaskResult
+from training.shipped import RESULTS_DIR, SUITES
 
-RESULTS_DIR = Path(__file__).parents[1] / "results"
 PAPER_DIR = RESULTS_DIR / "paper"
 """Committed JSON and figures of what is reproduced."""
-
-SUITES = {"detection": "detection-embedded", "text": "text-smollm2"}
-"""Folder of each suite's committed evaluation, and name of its bundle."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training.checkpoint import write_text
 from training.evaluation import detection_report, report
-from training.reproduction.committed import PAPER_DIR, RESULTS_DIR, SUITES, read_evaluation
+from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.row_store import StoredRow, read_table
 from training.reproduction.tables import (
     describe_machine,
@@ -19,6 +19,7 @@ from training.reproduction.tables import (
     render_storage,
 )
 from training.reproduction.variants import SWEEPS
+from training.shipped import RESULTS_DIR, SUITES
 
 RESULTS_FILE = Path(__file__).parents[2] / "RESULTS.md"
 

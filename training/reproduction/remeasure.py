@@ -2,26 +2,21 @@
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
-from service.inference.base_model import BaseModel, load_base_model
+from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer, load_synthesizer
+from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 from training.adapters import cut_windows, tokenize_documents
 from training.detection_examples import encode_scenes
 from training.evaluation.average_precision import score_category
 from training.evaluation.boxes import find_boxes
+from training.evaluation.bundle_base import load_bundle_base
 from training.evaluation.text import sum_window_nll
 from training.recipe import Recipe
-from training.reproduction.committed import SUITES, Evaluation, read_evaluation
-from training.tasks.cache import default_cache_dir
+from training.reproduction.committed import Evaluation, read_evaluation
+from training.shipped import BUNDLES_DIR, SUITES
 from training.tasks.detection import load_detection_data
 from training.tasks.text import load_text_tasks
-
-BUNDLES_DIR = Path(__file__).parents[2] / "service" / "bundles"
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,8 @@ def _remeasure_text(
         settings["seed"],
     )
     attachment = Attachment(base.model, synthesizer.bundle.bases)
-    nll = sum_window_nll(base, attachment, _generate(synthesizer, before.description), windows)
+    vector = synthesizer.synthesize_words(before.description).vector.float()
+    nll = sum_window_nll(base, attachment, vector, windows)
     live = float((nll.sum() / before.tokens).exp())
     return Remeasured(before.name, live, before.scores["generated"].ppl)
 
@@ -81,7 +77,7 @@ def _remeasure_detection(
     objects = data.test.objects[: evaluation.document["settings"]["num_scenes"]]
     features = encode_scenes(base, data.test, range(len(objects)))
     attachment = Attachment(base.model, synthesizer.bundle.bases)
-    vector = _generate(synthesizer, before.description)
+    vector = synthesizer.synthesize_words(before.description).vector.float()
     found = find_boxes(base, attachment, vector, features, before.description)
     live = score_category(found, objects, before.name).ap50
     return Remeasured(before.name, live, before.ap50["generated"].value)
@@ -90,16 +86,6 @@ def _remeasure_detection(
 def _load_base(synthesizer: Synthesizer) -> tuple[BaseModel, Recipe]:
     bundle = synthesizer.bundle
     recipe = Recipe.model_validate(bundle.provenance["recipe"])
-    base = load_base_model(
-        bundle.base_reference,
-        dtype=recipe.base.dtype,
-        cache_dir=default_cache_dir(),
-        bundle_folder=bundle.folder,
-    )
+    base = load_bundle_base(bundle, recipe)
     bundle.check_base(base.digest)
     return base, recipe
-
-
-def _generate(synthesizer: Synthesizer, words: str) -> Float[Tensor, " num_params"]:
-    recipe = AdapterRecipe.build(task=words, bundle_digest=synthesizer.bundle.digest)
-    return synthesizer.synthesize(recipe).vector.float()

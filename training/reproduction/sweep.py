@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import InvalidRecipeError
+from training.baselines import PRESETS
 from training.detection_examples import encode_scenes
 from training.evaluation.report import describe_hardware
 from training.pipeline import describe_commit
@@ -117,7 +118,7 @@ def measure_row(row: Row, workspace: Workspace) -> StoredRow:
         "num_scenes": len(features),
         "adapter_params": pipeline.bases.layout.num_params if fitted else 0,
         "generator_params": max((each.params for each in fitted), default=0),
-        "generator": row.recipe.generator.model_dump() if row.method in _PRESETS else None,
+        "generator": row.recipe.generator.model_dump() if row.method in PRESETS else None,
         "tasks": {name: asdict(score) for name, score in scores.tasks.items()},
         "ap50": asdict(scores.ap50),
         "ap75": scores.ap75,
@@ -128,9 +129,6 @@ def measure_row(row: Row, workspace: Workspace) -> StoredRow:
             "score_cpu": round(time.process_time() - processor, 1),
         },
     }
-
-
-_PRESETS = ("paper", "token", "in_context")
 
 
 def collect_vectors(fitted: Sequence[FittedAdapters]) -> Mapping[str, list[Any]]:

@@ -22,9 +22,10 @@ from training.pipeline import Pipeline
 from training.recipe import TRAINED_BASE, Recipe
 from training.reproduction.variants import Row, adapters_digest
 from training.run_dir import RunDir
+from training.shipped import BUNDLES_DIR, SUITES
 from training.task_vectors import TaskVectors, encode_tasks, encoder_spec
 
-SHIPPED_BUNDLE = Path(__file__).parents[2] / "service" / "bundles" / "detection-embedded"
+SHIPPED_BUNDLE = BUNDLES_DIR / SUITES["detection"]
 """Whose base the runs use, so that nobody trains it again."""
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from service.errors import InvalidRecipeError
 from tests.fixtures.tiny_reproduction import HEAD, make_row
-from training.reproduction.committed import PAPER_DIR, RESULTS_DIR, SUITES, read_evaluation
+from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.document import RESULTS_FILE, render_document, render_section
 from training.reproduction.row_store import RowStore
 from training.reproduction.tables import compare, list_losses, list_text_losses, render_rows
+from training.shipped import RESULTS_DIR, SUITES
 
 
 def test_the_committed_document_is_that_of_the_committed_results() -> None:

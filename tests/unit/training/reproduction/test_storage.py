@@ -10,9 +10,9 @@ from tests.fixtures.kernel import WordEncoder
 from training.evaluation.accounting import measure_storage
 from training.recipe import Recipe
 from training.reproduction import storage
-from training.reproduction.remeasure import BUNDLES_DIR
 from training.reproduction.storage import list_storage, measure_recipe, write_storage_table
 from training.reproduction.tables import render_storage
+from training.shipped import BUNDLES_DIR
 
 
 @pytest.fixture(scope="module")
