@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_threads(evaluate)
 
     unseen = add(
-        "unseen", _unseen, "score text tasks of a run as tasks that nothing was trained for"
+        "unseen", _unseen, "score the tasks of a run as tasks that nothing was trained for"
     )
     unseen.add_argument("run", type=Path, metavar="RUN")
     unseen.add_argument(
@@ -144,15 +144,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help="the first is judged against the others",
     )
-    unseen.add_argument("--windows", type=int, default=80, help="held-out windows per task")
-    unseen.add_argument("--window-tokens", type=int, default=65, help="tokens per window")
+    unseen.add_argument(
+        "--windows", type=int, default=80, help="held-out windows per text task (80)"
+    )
+    unseen.add_argument("--window-tokens", type=int, default=65, help="tokens per window (65)")
     unseen.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="each method is fitted so often"
     )
     unseen.add_argument(
         "--folds", type=int, metavar="N", help="leave the families out in N parts (default: singly)"
     )
-    unseen.add_argument("--out", type=Path, metavar="DIR", help="write JSON and a table")
+    unseen.add_argument("--out", type=Path, metavar="DIR", help="write JSON, a table, a figure")
     _add_threads(unseen)
 
     _add_threads(add_reproduce_command(add))
@@ -354,13 +356,14 @@ def _unseen(arguments: argparse.Namespace) -> int:
     from training.evaluation.unseen import UnseenSettings
     from training.run_dir import RunDir
 
-    settings = UnseenSettings(
-        arguments.windows,
-        arguments.window_tokens,
-        seeds=tuple(arguments.seeds),
-        num_folds=arguments.folds,
+    evaluate_unseen(
+        RunDir.read(arguments.run),
+        arguments.methods,
+        UnseenSettings(tuple(arguments.seeds), arguments.folds),
+        num_windows=arguments.windows,
+        window_tokens=arguments.window_tokens,
+        out=arguments.out,
     )
-    evaluate_unseen(RunDir.read(arguments.run), arguments.methods, settings, arguments.out)
     return 0
 
 

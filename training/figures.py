@@ -7,6 +7,7 @@ from typing import Any
 
 from training.evaluation.detection import DetectionResult
 from training.evaluation.text import TaskResult
+from training.evaluation.unseen_shares import MethodShare
 
 COLORS = {
     "base": "#b0b7c3",
@@ -103,6 +104,25 @@ def draw_specialisation(results: Sequence[DetectionResult], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def draw_shares(results: Sequence[MethodShare], judged: str, path: Path) -> None:
+    """A row a method: mean share of the headroom with its interval, and that of gibberish."""
+    rows = list(reversed(results))
+    with _open_axes((9, 1.4 + 0.36 * len(rows)), path) as axes:
+        for number, row in enumerate(rows):
+            mean = row.share.mean
+            color = COLORS["generated" if row.name == judged else "own"]
+            axes.plot([mean.low, mean.high], [number, number], color=color, linewidth=2)
+            axes.plot(mean.value, number, "o", color=color)
+            if row.gibberish is not None:
+                axes.plot(row.gibberish.mean.value, number, "x", color=COLORS["gibberish"])
+        axes.axvline(0, color=COLORS["base"], linewidth=1)
+        axes.axvline(1, color=COLORS["base"], linewidth=1)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_xlabel("share of the headroom: 0 the base, 1 the task's own adapter")
+        axes.set_title("Unseen tasks: mean with 95% interval over families; x: told gibberish")
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 @contextmanager

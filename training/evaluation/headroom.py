@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from service.errors import InvalidInputError
-from training.evaluation.average_precision import Matches, resample_ap
 from training.evaluation.statistics import (
     RESAMPLES,
     Interval,
@@ -85,15 +84,6 @@ def measure_text_share(
     ]
     p_value = sign_flip_test(base.double() - own.double(), seed=seed)
     return measure_share(*scores, p_value=p_value)
-
-
-def measure_detection_share(
-    base: Matches, own: Matches, generated: Matches, *, seed: int = 0, resamples: int = RESAMPLES
-) -> HeadroomShare:
-    """Share in AP50; draws and test are over instances (AP is no sum: the test is a bootstrap)."""
-    assert base.instances == own.instances == generated.instances, "different objects"
-    scores = [resample_ap(m, seed=seed, resamples=resamples) for m in (base, own, generated)]
-    return measure_share(*scores, p_value=(scores[1] - scores[0]).p_value())
 
 
 def measure_share(

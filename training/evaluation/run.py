@@ -14,6 +14,7 @@ from training.evaluation.pictures import draw_comparison
 from training.evaluation.unseen import UnseenEvaluation, UnseenSettings
 from training.evaluation.unseen_methods import build_method
 from training.evaluation.unseen_shares import render_shares, summarize_unseen
+from training.evaluation.unseen_suites import DetectionSuite, TextSuite, UnseenSuite
 from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
 from training.recipe import Recipe
@@ -118,36 +119,57 @@ def evaluate_detection_bundle(
 
 
 def evaluate_unseen(
-    run: RunDir, names: Sequence[str], settings: UnseenSettings, out: Path | None
+    run: RunDir,
+    names: Sequence[str],
+    settings: UnseenSettings,
+    *,
+    num_windows: int,
+    window_tokens: int,
+    out: Path | None,
 ) -> None:
-    """Scores text tasks as unseen ones, prints and writes the shares of the headroom.
+    """Scores a run's tasks as unseen ones, prints and writes the shares of the headroom.
 
     Args:
         run: whose adapters are all there.
         names: methods; the first is judged against the others.
-        settings: what is scored.
-        out: folder for `unseen.json` and `unseen.md`.
+        settings: how they are fitted.
+        num_windows: held-out windows of each text task.
+        window_tokens: of each.
+        out: folder for `unseen.json`, `unseen.md` and `unseen.png`.
 
     Raises:
         InvalidInputError: an unknown method.
     """
+    from training.figures import draw_shares
+
     methods = {name: build_method(name, run.recipe) for name in names}
-    job = UnseenEvaluation(Pipeline(run), methods, settings)
+    pipeline = Pipeline(run)
+    suite: UnseenSuite = (
+        TextSuite(pipeline.base, num_windows, window_tokens)
+        if pipeline.detection is None
+        else DetectionSuite(pipeline.base, pipeline.detection)
+    )
+    job = UnseenEvaluation(pipeline, methods, suite, settings)
     with show_progress("unseen", job.num_scores) as show:
         scores = job.score(show)
     tasks = job.training_tasks
     families = dict(zip(tasks.names, tasks.families, strict=True))
-    results = summarize_unseen(scores, families, names, settings, run.recipe.finetune.seeds)
+    own_seeds = run.recipe.finetune.seeds
+    results = summarize_unseen(scores, families, names, suite, settings.seeds, own_seeds)
     table = render_shares(results)
     print(table)
-    if out is not None:
-        body = {
-            "settings": asdict(settings),
-            "recipe": run.recipe.to_json(),
-            "recipe_digest": run.recipe.digest,
-            "commit": describe_commit(),
-            "methods": {name: dict(method.options) for name, method in methods.items()},
-            "results": [asdict(result) for result in results],
-        }
-        write_text(out / "unseen.json", json.dumps(body, indent=1) + "\n")
-        write_text(out / "unseen.md", table + "\n")
+    if out is None:
+        return
+    body = {
+        "settings": {**asdict(settings), **suite.settings},
+        "recipe": run.recipe.to_json(),
+        "recipe_digest": run.recipe.digest,
+        "commit": describe_commit(),
+        "hardware": report.describe_hardware(),
+        "methods": {name: dict(method.options) for name, method in methods.items()},
+        "families": families,
+        "results": [asdict(result) for result in results],
+    }
+    write_text(out / "unseen.json", json.dumps(body, indent=1) + "\n")
+    write_text(out / "unseen.md", table + "\n")
+    draw_shares(results, names[0], out / "unseen.png")

@@ -1,43 +1,37 @@
-"""Unseen text tasks: each is scored by methods that never saw its family.
+"""Unseen tasks: each is scored by methods that never saw its family.
 
 A fold leaves one family out, or some. Every method is fitted on the other families' adapters,
-descriptions and training texts and then gets a description of each task left out, in words that
-no training has seen. Scores are kept one by one in the run's folder, so the job resumes where it
-was stopped, and a method that is added later costs only its own part.
+descriptions and training data and then gets a description of each task left out, in words that no
+training has seen. Scores are kept one by one in the run's folder, so the job resumes where it was
+stopped, several processes may share it, and a method that is added later costs only its own part.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from service.errors import InvalidInputError
-from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
 from service.synthesis.synthesizer import VECTOR_DTYPE
-from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
-from training.adapters import cut_windows, tokenize_documents
+from service.synthesis.task_encoder import build_task_encoder
 from training.baselines import Baseline, TrainingTasks
-from training.baselines.prompt import prompt_with_description, prompt_with_examples
 from training.checkpoint import read_tensors, write_tensors
-from training.evaluation.text import GIBBERISH, sum_window_nll
+from training.evaluation.text import GIBBERISH
+from training.evaluation.unseen_suites import Score, UnseenSuite
 from training.pipeline import Pipeline
 from training.progress import Report
-from training.task_vectors import encoder_spec
-from training.tasks.text import TextTask
+from training.task_vectors import AnyTask, encoder_spec
 from training.through_base import ThroughBase
 
-NUM_EXAMPLES = 8
-"""Of the few-shot prompt; they are training texts of the task."""
-
-EXAMPLE_TOKENS = 512
-"""Of all examples together."""
+WAIT_SECONDS = 1.0
+"""Between two looks at what other processes have claimed."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +50,13 @@ class Method:
 
 @dataclass(frozen=True)
 class UnseenSettings:
-    """What the scores depend on, besides the run.
+    """How methods are fitted.
 
     Attributes:
-        num_windows: held-out windows of each task.
-        window_tokens: of each; all but the first are scored.
-        window_seed: of their choice.
         seeds: each method is fitted once with each.
         num_folds: families are left out in so many parts; each by itself where None.
     """
 
-    num_windows: int
-    window_tokens: int
-    window_seed: int = 0
     seeds: tuple[int, ...] = (0,)
     num_folds: int | None = None
 
@@ -77,160 +65,176 @@ class UnseenSettings:
 class UnseenEvaluation:
     """Scores of all methods on all tasks of a run, each task as an unseen one.
 
-    Labels of scores: `base`, `own.SEED` (a fine-tuning), `description` and `examples` (prompts),
-    and `METHOD.SEED` with `METHOD.SEED.gibberish` beside it.
+    Labels of scores: `base`, `own.SEED` (a fine-tuning), the suite's prompts, and `METHOD.SEED`
+    with `METHOD.SEED.gibberish` beside it.
 
     Attributes:
         pipeline: of a run whose adapters are all there.
         methods: by name.
-        settings: what is scored.
+        suite: how a task is scored.
+        settings: how methods are fitted.
     """
 
     pipeline: Pipeline
     methods: Mapping[str, Method]
+    suite: UnseenSuite
     settings: UnseenSettings
-    _windows: dict[str, Int[Tensor, "windows window_tokens"]] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Of the scores that every task has in the end."""
-        own = [f"own.{seed}" for seed in self.pipeline.run.recipe.finetune.seeds]
         fitted = [f"{name}.{seed}" for name in self.methods for seed in self.settings.seeds]
         made = [label for each in fitted for label in (each, f"{each}.gibberish")]
-        return ("base", *own, "description", "examples", *made)
+        return (*self._references, *made)
 
     @property
     def num_scores(self) -> int:
-        """Passes over a task's windows in all."""
-        return len(self.labels) * len(self.tasks)
+        """Passes over a task's held-out data in all."""
+        return len(self.labels) * len(self.pipeline.tasks)
 
-    def score(self, report: Report) -> dict[str, dict[str, Float[Tensor, " windows"]]]:
-        """NLL in nats of every window, by task and label; scores that are kept are read.
+    def score(self, report: Report) -> dict[str, dict[str, Score]]:
+        """Scores by task and label; those that are kept are read.
 
         Raises:
             InvalidRecipeError: an adapter of the run is missing.
-            InvalidInputError: the run's tasks are of one family, or no text tasks.
+            InvalidInputError: the run's tasks are of one family.
         """
-        scores: dict[str, dict[str, Tensor]] = {task.name: {} for task in self.tasks}
         batch_size = self.pipeline.run.recipe.finetune.batch_size
         with self.pipeline.open_through_base(batch_size, seed=0) as through_base:
-            for number, (task, label, path, make) in enumerate(self._list_scores(through_base)):
-                if not path.exists():
-                    self._write(path, task, make(), through_base.attachment)
-                scores[task.name][label] = read_tensors(path)[0]["nll"]
-                report(number + 1)
+            parts = [*self._list_parts(through_base)]
+            self._share(parts, through_base.attachment, report)
+        scores: dict[str, dict[str, Score]] = {task.name: {} for task in self.pipeline.tasks}
+        for part in parts:
+            for each in part.list_scores():
+                scores[each.task.name][each.label] = read_tensors(each.path)[0]["score"]
         return scores
 
-    def _list_scores(
-        self, through_base: ThroughBase
-    ) -> Iterator[tuple[TextTask, str, Path, Callable[[], "_Subject"]]]:
-        """Task, label, where it is kept, and what makes the subject."""
-        references = self._find_folder({})
-        for task in self.tasks:
-            for label, make in self._list_references(task):
-                yield task, label, references / f"{task.name}.{label}.safetensors", make
+    def _share(self, parts: "Sequence[_Part]", attachment: Attachment, report: Report) -> None:
+        """Makes what is missing of the parts that no other process makes, until none is missing."""
+        done = 0
+        while parts:
+            left = []
+            for part in parts:
+                with self.pipeline.run.claim(f"unseen.{part.name}") as mine:
+                    if not mine:
+                        left.append(part)
+                        continue
+                    for each in part.list_scores():
+                        if not each.path.exists():
+                            self._write(each, attachment)
+                        done += 1
+                        report(done)
+            if left:
+                time.sleep(WAIT_SECONDS)
+            parts = left
+
+    def _list_parts(self, through_base: ThroughBase) -> "Iterator[_Part]":
+        """Of every task what needs no other one; of every fold each method under each seed."""
+        folder = self._find_folder({})
+        for task in self.pipeline.tasks:
+            list_scores = partial(self._list_references, task, folder)
+            yield _Part(f"{folder.name}.{task.name}", list_scores)
         families = list(dict.fromkeys(self.training_tasks.families))
         num_folds = min(self.settings.num_folds or len(families), len(families))
         for first in range(num_folds):
             rest = self.training_tasks.without(*families[first::num_folds])
-            tasks = [task for task in self.tasks if task.name not in rest.names]
             for name, method in self.methods.items():
                 folder = self._find_folder({**method.options, "num_folds": num_folds})
                 for seed in self.settings.seeds:
-                    fitted = _Fitted(method, rest, seed, self.encoder, through_base)
-                    for task in tasks:
-                        words = task.heldout_descriptions[0]
-                        for label, told in (("", words), (".gibberish", GIBBERISH)):
-                            label = f"{name}.{seed}{label}"
-                            path = folder / f"{task.name}.{label}.safetensors"
-                            yield task, label, path, partial(fitted.generate, told)
+                    fit = partial(_Fitted, method, rest, seed, through_base)
+                    list_scores = partial(self._list_fitted, fit, f"{name}.{seed}", folder)
+                    yield _Part(f"{folder.name}.{name}.{seed}.{first}", list_scores)
 
-    def _list_references(self, task: TextTask) -> Iterator[tuple[str, Callable[[], "_Subject"]]]:
-        """What needs no other task: the base, own adapters, prompts."""
-        yield "base", _Subject
-        for seed in self.pipeline.run.recipe.finetune.seeds:
-            path = self.pipeline.run.adapter(task.name, seed)
-            yield f"own.{seed}", partial(_read_own, path)
-        words, shots = task.heldout_descriptions[0], task.train[:NUM_EXAMPLES]
-        yield "description", lambda: _Subject(prefix=prompt_with_description(self.base, words))
-        yield (
-            "examples",
-            lambda: _Subject(prefix=prompt_with_examples(self.base, shots, EXAMPLE_TOKENS)),
-        )
+    @property
+    def _references(self) -> Mapping[str, int | str | None]:
+        """Labels of what needs no other task: the base, fine-tunings by seed, prompts by name."""
+        own = {f"own.{seed}": seed for seed in self.pipeline.run.recipe.finetune.seeds}
+        return {"base": None, **own, **{prompt: prompt for prompt in self.suite.prompts}}
 
-    def _write(
-        self, path: Path, task: TextTask, subject: "_Subject", attachment: Attachment
-    ) -> None:
-        windows = self._cut(task)
-        nll = sum_window_nll(self.base, attachment, subject.vector, windows, subject.prefix)
-        tensors = {"nll": nll}
-        if subject.vector is not None:
-            tensors["vector"] = subject.vector.to(VECTOR_DTYPE)
-        write_tensors(path, tensors)
+    def _list_references(self, task: AnyTask, folder: Path) -> "Iterator[_Score]":
+        for label, told in self._references.items():
+            path = folder / f"{task.name}.{label}.safetensors"
+            make = None
+            if isinstance(told, int):
+                make = partial(_read_own, self.pipeline.run.adapter(task.name, told))
+            yield _Score(task, label, path, make, told if isinstance(told, str) else None)
 
-    @cached_property
-    def tasks(self) -> tuple[TextTask, ...]:
-        """Of the run.
+    def _list_fitted(
+        self, fit: "Callable[[], _Fitted]", label: str, folder: Path
+    ) -> "Iterator[_Score]":
+        """Of the tasks that the method is not fitted on."""
+        fitted = fit()
+        for task in self.pipeline.tasks:
+            if task.name in fitted.tasks.names:
+                continue
+            for told, suffix in ((task.name, ""), ("", ".gibberish")):
+                path = folder / f"{task.name}.{label}{suffix}.safetensors"
+                make = partial(fitted.generate, self.unseen_vectors[told])
+                yield _Score(task, f"{label}{suffix}", path, make)
 
-        Raises:
-            InvalidInputError: they are no text tasks.
-        """
-        tasks = tuple(task for task in self.pipeline.tasks if isinstance(task, TextTask))
-        if len(tasks) != len(self.pipeline.tasks):
-            raise InvalidInputError("unseen tasks are scored for text: give a run of text tasks")
-        return tasks
+    def _write(self, score: "_Score", attachment: Attachment) -> None:
+        vector = None if score.make is None else score.make().to(VECTOR_DTYPE)
+        served = None if vector is None else vector.float()  # rounded as it would be served
+        tensors = {"score": self.suite.score(attachment, score.task, served, score.prompt)}
+        if vector is not None:
+            tensors["vector"] = vector
+        write_tensors(score.path, tensors)
 
     @cached_property
     def training_tasks(self) -> TrainingTasks:
         """All tasks, with all adapters."""
+        pipeline = self.pipeline
+        families = {
+            task.name: name for task, name in zip(pipeline.tasks, pipeline.families, strict=True)
+        }
         return TrainingTasks.from_stages(
-            self.pipeline.bases.layout,
-            self.pipeline.read_checkpoints(),
-            self.pipeline.encode_task_vectors(),
-            {
-                task.name: name
-                for task, name in zip(self.tasks, self.pipeline.families, strict=True)
-            },
+            pipeline.bases.layout,
+            pipeline.read_checkpoints(),
+            pipeline.encode_task_vectors(),
+            families,
         )
 
     @cached_property
-    def encoder(self) -> TaskEncoder:
-        """Of descriptions, the run's."""
+    def unseen_vectors(self) -> Mapping[str, Float[Tensor, " dim"]]:
+        """Task vector of each task's held-out wording, and of gibberish at `""`.
+
+        They are kept in the run's folder, so that scoring elsewhere needs no encoder.
+        """
         recipe = self.pipeline.run.recipe
-        return build_task_encoder(encoder_spec(recipe.encoder, recipe.base))
-
-    @property
-    def base(self) -> BaseModel:
-        """The run's."""
-        return self.pipeline.base
-
-    def _cut(self, task: TextTask) -> Int[Tensor, "windows window_tokens"]:
-        if task.name not in self._windows:
-            tokens = tokenize_documents(self.base, task.test)
-            self._windows[task.name] = cut_windows(
-                tokens,
-                self.settings.num_windows,
-                self.settings.window_tokens,
-                self.settings.window_seed,
-            )
-        return self._windows[task.name]
+        told = {task.name: task.heldout_descriptions[0] for task in self.pipeline.tasks}
+        told[""] = GIBBERISH
+        digest = _digest([recipe.stage_digest("base", "encoder"), told])
+        path = self.pipeline.run.root / "unseen" / f"task_vectors.{digest}.safetensors"
+        if not path.exists():
+            encoder = build_task_encoder(encoder_spec(recipe.encoder, recipe.base))
+            write_tensors(path, {"rows": encoder.encode([*told.values()])})
+        return dict(zip(told, read_tensors(path)[0]["rows"], strict=True))
 
     def _find_folder(self, options: Mapping[str, Any]) -> Path:
-        """Scores of other windows, adapters or options lie in other folders."""
-        settings = self.settings
-        windows = [settings.num_windows, settings.window_tokens, settings.window_seed]
-        sections = ("base", "tasks", "adapter", "finetune", "encoder")
-        made_of = [self.pipeline.run.recipe.stage_digest(*sections), windows, options]
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return self.pipeline.run.root / "unseen" / digest[:16]
+        """Scores of other held-out data, adapters or options lie in other folders."""
+        sections = ("base", "detector", "detection", "tasks", "adapter", "finetune", "encoder")
+        adapters = self.pipeline.run.recipe.stage_digest(*sections)
+        digest = _digest([adapters, dict(self.suite.settings), options])
+        return self.pipeline.run.root / "unseen" / digest
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is scored: the base, with an adapter or behind a prompt."""
+class _Score:
+    """A task under a label, where the score is kept, and what makes adapter or prompt."""
 
-    vector: Float[Tensor, " num_params"] | None = None
-    prefix: Int[Tensor, " tokens"] | None = None
+    task: AnyTask
+    label: str
+    path: Path
+    make: Callable[[], Float[Tensor, " num_params"]] | None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Scores that one process makes: a method is fitted once for all of them, and then dropped."""
+
+    name: str
+    list_scores: Callable[[], Iterator[_Score]]
 
 
 @dataclass
@@ -240,7 +244,6 @@ class _Fitted:
     method: Method
     tasks: TrainingTasks
     seed: int
-    encoder: TaskEncoder
     through_base: ThroughBase
 
     @cached_property
@@ -249,13 +252,15 @@ class _Fitted:
         baseline.fit(self.tasks, self.seed)
         return baseline
 
-    def generate(self, words: str) -> _Subject:
-        """The adapter of a description, rounded as it would be served."""
-        vector = self._baseline.generate(self.encoder.encode([words])[0], self.seed)
-        return _Subject(vector.to(VECTOR_DTYPE).float())
+    def generate(self, task_vector: Float[Tensor, " dim"]) -> Float[Tensor, " num_params"]:
+        """The adapter of a description."""
+        return self._baseline.generate(task_vector, self.seed)
 
 
-def _read_own(path: Path) -> _Subject:
-    """Mean late checkpoint of one fine-tuning, rounded as it would be served."""
-    kept = read_tensors(path)[0]["checkpoints"].float()
-    return _Subject(kept.mean(0).to(VECTOR_DTYPE).float())
+def _read_own(path: Path) -> Float[Tensor, " num_params"]:
+    """Mean late checkpoint of one fine-tuning."""
+    return read_tensors(path)[0]["checkpoints"].float().mean(0)
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,20 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from training.evaluation.headroom import (
     HeadroomShare,
     MeanShare,
     average_by_family,
     average_shares,
-    measure_text_share,
 )
 from training.evaluation.outcomes import Outcomes, count_outcomes, judge_difference
-from training.evaluation.statistics import Interval, resample_ratio
-from training.evaluation.unseen import UnseenSettings
+from training.evaluation.statistics import Interval
+from training.evaluation.unseen_suites import Score, UnseenSuite
 
 
 @dataclass(frozen=True)
@@ -26,6 +21,7 @@ class MethodShare:
     Attributes:
         name: of the method, or `description` and `examples` for prompts.
         share: mean share of the headroom over the tasks that have some, seeds averaged.
+        tasks: share of each task; None where it has no headroom.
         gibberish: the same of what it makes of gibberish; None for prompts.
         behind: mean share of the judged method minus this one's; None for itself.
         outcomes: wins, ties and losses of the judged method against this one, by task.
@@ -33,16 +29,18 @@ class MethodShare:
 
     name: str
     share: MeanShare
+    tasks: Mapping[str, float | None]
     gibberish: MeanShare | None
     behind: Interval | None
     outcomes: Outcomes | None
 
 
 def summarize_unseen(
-    scores: Mapping[str, Mapping[str, Float[Tensor, " windows"]]],
+    scores: Mapping[str, Mapping[str, Score]],
     families: Mapping[str, str],
     methods: Sequence[str],
-    settings: UnseenSettings,
+    suite: UnseenSuite,
+    seeds: Sequence[int],
     own_seeds: Sequence[int],
 ) -> list[MethodShare]:
     """Shares of the headroom, the best mean first; the first of `methods` is the judged one.
@@ -51,53 +49,50 @@ def summarize_unseen(
         scores: of `UnseenEvaluation.score`.
         families: of each task; differences are drawn by family.
         methods: to compare.
-        settings: of the evaluation.
+        suite: that scored.
+        seeds: of the methods.
         own_seeds: fine-tunings that the own adapter's score is the mean of.
 
     Raises:
         InvalidInputError: no task has headroom.
     """
-    subjects = {name: [f"{name}.{seed}" for seed in settings.seeds] for name in methods}
-    subjects |= {"description": ["description"], "examples": ["examples"]}
-    judged = methods[0]
-    own = _average(scores, [f"own.{seed}" for seed in own_seeds])
-    tokens = torch.full((settings.num_windows,), settings.window_tokens - 1.0).double()
-    nll = {name: _average(scores, labels) for name, labels in subjects.items()}
-    shares = {name: _measure_shares(scores, own, rows, tokens) for name, rows in nll.items()}
+    own = [f"own.{seed}" for seed in own_seeds]
+    subjects = {name: [f"{name}.{seed}" for seed in seeds] for name in methods}
+    subjects |= {prompt: [prompt] for prompt in suite.prompts}
+    ours = subjects[methods[0]]
+
+    def measure(labels: Sequence[str]) -> dict[str, HeadroomShare]:
+        return {
+            task: suite.measure_share(each["base"], _take(each, own), _take(each, labels))
+            for task, each in scores.items()
+        }
+
+    shares = {name: measure(labels) for name, labels in subjects.items()}
     results = []
-    for name in subjects:
+    for name, labels in subjects.items():
         gibberish = behind = outcomes = None
         if name in methods:
-            rows = _average(scores, [f"{label}.gibberish" for label in subjects[name]])
-            told_nothing = _measure_shares(scores, own, rows, tokens)
+            told_nothing = measure([f"{label}.gibberish" for label in labels])
             gibberish = average_shares(told_nothing, families)
-        if name != judged:
-            behind = _compare_means(shares[judged], shares[name], families)
-            outcomes = _count_by_task(nll[judged], nll[name], tokens)
+        if name != methods[0]:
+            behind = _compare_means(shares[methods[0]], shares[name], families)
+            outcomes = count_outcomes(
+                [
+                    judge_difference(suite.compare(_take(each, ours), _take(each, labels)))
+                    for each in scores.values()
+                ]
+            )
         share = average_shares(shares[name], families)
-        results.append(MethodShare(name, share, gibberish, behind, outcomes))
+        tasks = {
+            task: None if each.share is None else each.share.value
+            for task, each in shares[name].items()
+        }
+        results.append(MethodShare(name, share, tasks, gibberish, behind, outcomes))
     return sorted(results, key=lambda result: -result.share.mean.value)
 
 
-def _average(
-    scores: Mapping[str, Mapping[str, Tensor]], labels: Sequence[str]
-) -> dict[str, Tensor]:
-    return {
-        task: torch.stack([each[label] for label in labels]).mean(0)
-        for task, each in scores.items()
-    }
-
-
-def _measure_shares(
-    scores: Mapping[str, Mapping[str, Tensor]],
-    own: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    tokens: Tensor,
-) -> dict[str, HeadroomShare]:
-    return {
-        task: measure_text_share(each["base"], own[task], rows[task], tokens)
-        for task, each in scores.items()
-    }
+def _take(scores: Mapping[str, Score], labels: Sequence[str]) -> list[Score]:
+    return [scores[label] for label in labels]
 
 
 def _compare_means(
@@ -112,16 +107,6 @@ def _compare_means(
         if each.share is not None and (other := theirs[task].share) is not None
     }
     return average_by_family(differences, families)
-
-
-def _count_by_task(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tokens: Tensor
-) -> Outcomes:
-    outcomes = []
-    for task, nll in ours.items():
-        better = resample_ratio(theirs[task] - nll, tokens, seed=0)  # lower NLL is better
-        outcomes.append(judge_difference(better.interval()))
-    return count_outcomes(outcomes)
 
 
 def render_shares(results: Sequence[MethodShare]) -> str:

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from service.errors import InvalidInputError
 from tests.fixtures.kernel import normal
-from tests.unit.training.evaluation.test_average_precision import draw_scenes
-from training.evaluation.average_precision import score_scenes
 from training.evaluation.headroom import (
     HeadroomShare,
     average_shares,
-    measure_detection_share,
     measure_share,
     measure_text_share,
 )
@@ -88,25 +85,6 @@ def test_draws_without_headroom_open_the_interval() -> None:
 
     seldom = Resampled(1.0, np.array([-1.0] * 2 + [1.0] * 98))
     assert measure_share(zero, seldom, generated, p_value=0.01).share == Interval(0.5, 0.5, 0.5)
-
-
-def test_detection_shares_are_of_ap_on_the_same_draws() -> None:
-    found, scenes = draw_scenes(0)
-    sometimes = [boxes if i % 2 else [] for i, boxes in enumerate(found)]
-    base, own, generated = (
-        score_scenes(boxes, scenes) for boxes in ([[] for _ in scenes], found, sometimes)
-    )
-    measured = measure_detection_share(
-        base.matches50, own.matches50, generated.matches50, resamples=200
-    )
-
-    assert measured.share is not None
-    assert measured.share.value == pytest.approx(generated.ap50 / own.ap50)
-    assert 0 < measured.share.low < measured.share.value < measured.share.high < 1
-    nothing = measure_detection_share(
-        base.matches50, base.matches50, generated.matches50, resamples=50
-    )
-    assert nothing.share is None
 
 
 def share_of(value: float | None) -> HeadroomShare:

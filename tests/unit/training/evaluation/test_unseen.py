@@ -1,7 +1,10 @@
 """Unseen tasks: their family is left out, scores are kept, and shares say who is ahead."""
 
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,16 +16,23 @@ from torch import Tensor
 from service.synthesis.attachment import Attachment
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
+from tests.unit.training.evaluation.test_average_precision import draw_scenes
 from training.baselines import TrainingTasks
 from training.baselines.soup import Soup
 from training.cli import main
+from training.evaluation.average_precision import score_scenes
 from training.evaluation.text import sum_window_nll
-from training.evaluation.unseen import Method, UnseenEvaluation, UnseenSettings
+from training.evaluation.unseen import WAIT_SECONDS, Method, UnseenEvaluation, UnseenSettings
 from training.evaluation.unseen_shares import summarize_unseen
+from training.evaluation.unseen_suites import DetectionSuite, TextSuite, keep_draws
 from training.pipeline import Pipeline
+from training.recipe import Recipe
 from training.run_dir import RunDir
+from training.tasks.text import TextTask
 
-SETTINGS = UnseenSettings(num_windows=4, window_tokens=9)
+SETTINGS = UnseenSettings()
+SIZE = (4, 9)
+"""Windows, and tokens of each."""
 
 
 class Spy(Soup):
@@ -56,6 +66,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
+def open_job(
+    run: RunDir, methods: Mapping[str, Method], settings: UnseenSettings = SETTINGS
+) -> UnseenEvaluation:
+    pipeline = Pipeline(run)
+    return UnseenEvaluation(pipeline, methods, TextSuite(pipeline.base, *SIZE), settings)
+
+
 def score(
     run: RunDir,
     build: Callable[[], Soup],
@@ -63,7 +80,7 @@ def score(
     **options: int,
 ) -> dict[str, dict[str, Tensor]]:
     method = Method(lambda _: build(), options)
-    job = UnseenEvaluation(Pipeline(run), {"soup": method}, settings)
+    job = open_job(run, {"soup": method}, settings)
     steps: list[int] = []
     scores = job.score(lambda step, **_: steps.append(step))
     assert steps == list(range(1, job.num_scores + 1))
@@ -96,11 +113,72 @@ def test_families_are_left_out_in_parts(run: RunDir) -> None:
     assert len(set(Spy.seen[0] + Spy.seen[1])) == 3
 
 
+def test_processes_share_the_parts(run: RunDir) -> None:
+    """What another one has claimed is left to it, and read when it is done."""
+    Spy.seen.clear()
+    job = open_job(run, {"soup": Method(lambda _: Spy(), {"shared": 1})})
+    folder = job._find_folder({"shared": 1, "num_folds": 3})
+    left = threading.Event()
+
+    def claim_a_while() -> None:
+        with run.claim(f"unseen.{folder.name}.soup.0.1") as mine:
+            assert mine
+            left.set()
+            time.sleep(1.5 * WAIT_SECONDS)
+            assert len(Spy.seen) == 2  # the two other folds
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(claim_a_while)
+        left.wait()
+        scores = job.score(lambda step, **_: None)
+        other.result()
+    assert len(Spy.seen) == 3  # the claim ended without a result: it is made here
+    assert all(set(each) == set(job.labels) for each in scores.values())
+
+
+def test_detection_tasks_are_scored_on_the_test_scenes(
+    tiny_detection_recipe: Recipe, tmp_path: Path
+) -> None:
+    pipeline = Pipeline(RunDir.open(tmp_path, tiny_detection_recipe))
+    pipeline.fine_tune_adapters()
+    assert pipeline.detection is not None
+    suite = DetectionSuite(pipeline.base, pipeline.detection)
+    job = UnseenEvaluation(pipeline, {"soup": Method(lambda _: Soup())}, suite, SETTINGS)
+    scores = job.score(lambda step, **_: None)
+    labels = {"base", "own.0", "soup.0", "soup.0.gibberish"}
+    assert {name: set(each) for name, each in scores.items()} == {"chair": labels, "sofa": labels}
+    attachment = Attachment(pipeline.base.model, pipeline.bases)
+    other = job.training_tasks.without("sofa").own_adapters[0].half().float()
+    sofa = next(task for task in pipeline.tasks if task.name == "sofa")
+    torch.testing.assert_close(scores["sofa"]["soup.0"], suite.score(attachment, sofa, other))
+
+
+def test_detection_shares_are_of_ap_on_the_same_draws(
+    tiny_detection_recipe: Recipe, tmp_path: Path
+) -> None:
+    pipeline = Pipeline(RunDir.open(tmp_path, tiny_detection_recipe))
+    assert pipeline.detection is not None
+    suite = DetectionSuite(pipeline.base, pipeline.detection)
+    found, scenes = draw_scenes(0)
+    parts = [[] for _ in scenes], found, [boxes if i % 2 else [] for i, boxes in enumerate(found)]
+    base, own, generated = (keep_draws(score_scenes(boxes, scenes).matches50) for boxes in parts)
+    share = suite.measure_share(base, [own], [generated]).share
+    assert share is not None
+    assert share.value == pytest.approx(float(generated[0] / own[0]))
+    assert 0 < share.low < share.value < share.high < 1
+    assert suite.measure_share(base, [base], [generated]).share is None
+    ahead = suite.compare([own, own], [generated])
+    assert ahead.value == pytest.approx(float(own[0] - generated[0]))
+    assert 0 < ahead.low < ahead.value
+
+
 def test_scores_are_those_of_what_they_name(run: RunDir) -> None:
     scores = score(run, Soup)["html_entities"]
-    pipeline = Pipeline(run)
-    job = UnseenEvaluation(pipeline, {}, SETTINGS)
-    task = next(task for task in job.tasks if task.name == "html_entities")
+    job = open_job(run, {})
+    pipeline = job.pipeline
+    task = next(task for task in pipeline.tasks if task.name == "html_entities")
+    assert isinstance(task, TextTask)
+    assert isinstance(job.suite, TextSuite)
     others = job.training_tasks.without("html_entities").own_adapters
     own = job.training_tasks.checkpoints[job.training_tasks.names.index("html_entities")]
     attachment = Attachment(pipeline.base.model, pipeline.bases)
@@ -112,13 +190,13 @@ def test_scores_are_those_of_what_they_name(run: RunDir) -> None:
         ("own.1", own[3:].mean(0)),
     ):
         rounded = None if vector is None else vector.half().float()
-        expected = sum_window_nll(pipeline.base, attachment, rounded, job._cut(task))
+        expected = sum_window_nll(pipeline.base, attachment, rounded, job.suite.cut(task))
         torch.testing.assert_close(scores[label], expected)
     assert not torch.allclose(scores["description"], scores["base"])
     assert not torch.allclose(scores["examples"], scores["description"])
 
 
-def test_shares_and_outcomes_are_of_the_judged_method() -> None:
+def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
     windows = torch.arange(40.0)
     base, own = 200 + windows, 100 + windows
     task = {
@@ -132,9 +210,9 @@ def test_shares_and_outcomes_are_of_the_judged_method() -> None:
         "soup.0": own + 60,
         "soup.0.gibberish": own + 60,
     }
-    settings = UnseenSettings(num_windows=40, window_tokens=33)
+    suite = TextSuite(Pipeline(run).base, num_windows=40, window_tokens=33)
     results = summarize_unseen(
-        {"a": task, "b": task}, {"a": "x", "b": "y"}, ["ours", "soup"], settings, [0, 1]
+        {"a": task, "b": task}, {"a": "x", "b": "y"}, ["ours", "soup"], suite, [0], [0, 1]
     )
     shares = {result.name: result.share.mean.value for result in results}
     assert shares == pytest.approx({"examples": 1.0, "ours": 0.75, "soup": 0.4, "description": 0.0})
@@ -143,6 +221,7 @@ def test_shares_and_outcomes_are_of_the_judged_method() -> None:
     assert ours.gibberish is not None
     assert ours.gibberish.mean.value == pytest.approx(0.1)
     assert (ours.behind, ours.outcomes) == (None, None)
+    assert ours.tasks == pytest.approx({"a": 0.75, "b": 0.75})
     assert soup.behind is not None
     assert soup.behind.low == pytest.approx(0.35)
     assert soup.outcomes is not None
@@ -158,3 +237,4 @@ def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
     body = json.loads((tmp_path / "unseen.json").read_text())
     assert {row["name"] for row in body["results"]} == {*names, "description", "examples"}
     assert "| in_context |" in (tmp_path / "unseen.md").read_text()
+    assert (tmp_path / "unseen.png").stat().st_size > 5_000
