@@ -12,6 +12,7 @@ from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.remeasure import Remeasured, remeasure_suite
 from training.reproduction.row_store import StoredRow, read_table
 from training.reproduction.tables import LABELS, compare
+from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_targets, read_unseen
 from training.reproduction.variants import RANKS, SWEEPS
 from training.shipped import RESULTS_DIR
 
@@ -44,8 +45,13 @@ class Verdict:
 
 
 def check_committed(results: Path = RESULTS_DIR, paper: Path = PAPER_DIR) -> list[Verdict]:
-    """Targets on committed results: seen tasks of both suites, and every rank of Table 4."""
-    return [*_check_detection(results), *_check_text(results), *_check_ranks(paper)]
+    """Targets on committed results: seen tasks of both suites, ranks of Table 4, unseen tasks."""
+    return [
+        *_check_detection(results),
+        *_check_text(results),
+        *_check_ranks(paper),
+        *_check_unseen(results),
+    ]
 
 
 def check_live(names: Sequence[str] = ("detection", "text")) -> Iterator[Verdict]:
@@ -159,3 +165,13 @@ def _check_ranks(paper: Path) -> Iterator[Verdict]:
                 yield Verdict(
                     f"{name}: ahead of {LABELS[method]}", f"{gap:+.3f} AP50", "above 0", gap > 0
                 )
+
+
+def _check_unseen(results: Path) -> Iterator[Verdict]:
+    for suite in UNSEEN_DIRS:
+        found = read_unseen(suite, results)
+        if found is None:
+            yield Verdict(f"unseen {suite}", "-", "icm-lora unseen", None)
+            continue
+        for target in list_unseen_targets(suite, found):
+            yield Verdict(*target)

@@ -1,4 +1,4 @@
-"""RESULTS.md: every table and figure of the paper, from the committed JSON alone."""
+"""RESULTS.md: tables and figures of the paper, and unseen tasks, from the committed JSON alone."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,12 @@ from training.reproduction.tables import (
     list_text_losses,
     render_rows,
     render_storage,
+)
+from training.reproduction.unseen_results import (
+    UNSEEN_DIRS,
+    list_unseen_losses,
+    read_unseen,
+    render_unseen,
 )
 from training.reproduction.variants import SWEEPS
 from training.shipped import RESULTS_DIR, SUITES
@@ -88,6 +94,11 @@ def render_document(results: Path, paper: Path, root: Path) -> str:
     parts = [_INTRO]
     for number in TABLES:
         parts += [f"## Table {number}: {TABLES[number]}", *render_section(number, results, paper)]
+    for suite, folder in UNSEEN_DIRS.items():
+        parts += [f"## Unseen tasks: {suite}", *_render_unseen_suite(suite, results)]
+        picture = results / folder / "unseen.png"
+        if picture.exists():
+            parts.append(f"![Unseen tasks: {suite}]({_relate(picture, root)})")
     for number, title in FIGURES.items():
         parts.append(f"## Figure {number}: {title}")
         picture = paper / f"figure-{number}.png"
@@ -177,6 +188,13 @@ def _render_suite(suite: str, results: Path) -> Iterator[str]:
     yield _PAPERS_LINE
     yield report.render_table(evaluation.text)
     yield from _render_losses(list_text_losses(evaluation.text))
+
+
+def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:
+    yield from render_unseen(suite, results)
+    found = read_unseen(suite, results)
+    if found is not None:
+        yield from _render_losses([*list_unseen_losses(found.results)])
 
 
 def _render_losses(losses: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ def test_committed_results_meet_the_targets_of_seen_tasks(tmp_path: Path) -> Non
     verdicts = check_committed(paper=tmp_path)
 
     assert all(v.passed for v in verdicts if v.name.startswith(("table 1", "table 2")))
-    unmeasured = [v.name for v in verdicts if v.passed is None]
+    unmeasured = [v.name for v in verdicts if v.passed is None and v.name.startswith("table")]
     assert unmeasured == [f"table 4, rank {r}: generated like own" for r in (1, 2, 4, 8)]
 
 

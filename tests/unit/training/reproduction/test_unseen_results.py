@@ -1,0 +1,92 @@
+"""Unseen tasks in RESULTS.md and `--check`: from the committed JSON, losses included."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from training.evaluation.headroom import MeanShare
+from training.evaluation.outcomes import Outcomes
+from training.evaluation.statistics import Interval
+from training.evaluation.unseen_shares import MethodShare
+from training.reproduction.check import check_committed
+from training.reproduction.document import render_document
+from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_losses, read_unseen
+from training.shipped import RESULTS_DIR, SUITES
+
+
+def make_share(name: str, share: float, behind: float | None, gibberish: float) -> MethodShare:
+    def mean(value: float) -> MeanShare:
+        return MeanShare(Interval(value, value - 0.1, value + 0.1), 2, ("c",))
+
+    return MethodShare(
+        name,
+        mean(share),
+        {"a": share + 0.2, "b": share - 0.2, "c": None},
+        mean(gibberish),
+        None if behind is None else Interval(behind, behind - 0.05, behind + 0.05),
+        None if behind is None else Outcomes(1, 1, 1),
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for folder in UNSEEN_DIRS.values():
+        shares = [
+            make_share("in_context", 0.6, None, 0.3),
+            make_share("soup", 0.4, 0.2, 0.4),
+            make_share("nearest", 0.62, -0.02, 0.1),
+        ]
+        body = {
+            "settings": {"seeds": [0], "num_folds": 5, "num_windows": 8},
+            "recipe": {"bundle": {"name": "tiny"}, "finetune": {"seeds": [0, 1]}},
+            "recipe_digest": "d" * 64,
+            "commit": "abc1234",
+            "hardware": {"processor": "CPU", "cores": 2, "accelerator": "none", "torch": "2"},
+            "families": {"a": "x", "b": "y", "c": "y"},
+            "results": [asdict(share) for share in shares],
+        }
+        path = tmp_path / folder / "unseen.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(body))
+    for name in SUITES.values():  # what else is checked
+        (tmp_path / name).mkdir(exist_ok=True)
+        content = (RESULTS_DIR / name / "evaluation.json").read_text()
+        (tmp_path / name / "evaluation.json").write_text(content)
+    return tmp_path
+
+
+def test_targets_are_judged(results: Path) -> None:
+    verdicts = {v.name: v for v in check_committed(results, results) if "unseen" in v.name}
+    assert {name: v.passed for name, v in verdicts.items()} == {
+        "unseen text: share of headroom by words": True,
+        "unseen text: significantly ahead": False,
+        "unseen text: gibberish below the truth on the mean": True,
+        "unseen detection: significantly ahead": False,
+        "unseen detection: gibberish below the truth on the mean": True,
+    }
+    assert verdicts["unseen text: significantly ahead"].measured == "of 1 of 2 methods"
+
+
+def test_losses_name_who_is_ahead(results: Path) -> None:
+    found = read_unseen("text", results)
+    assert found is not None
+    assert [*list_unseen_losses(found.results)] == [
+        "`nearest` has the higher mean share: 0.620 against 0.600 of `in_context`, within the "
+        "interval.",
+        "Without headroom, and so not in the means: c.",
+    ]
+    worse = [make_share("token", 0.1, None, 0.1)]
+    assert [*list_unseen_losses(worse)][:2] == [
+        "`token` does as well with gibberish as with the description.",
+        "`token` is worse than the base alone on: b.",
+    ]
+
+
+def test_the_document_has_a_section_of_each_suite(results: Path, tmp_path: Path) -> None:
+    text = render_document(results, results, results)
+    assert "3 tasks in 2 families, fine-tuning seeds 0, 1, seeds of the methods 0;" in text
+    assert text.count("| nearest | 0.620 (0.520 to 0.720) |") == 2
+    (results / UNSEEN_DIRS["text"] / "unseen.json").unlink()
+    assert "Not measured yet: `icm-lora unseen`" in render_document(results, results, results)

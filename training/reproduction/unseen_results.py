@@ -1,0 +1,135 @@
+"""Committed results of unseen tasks: their part of RESULTS.md, and their targets."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from training.evaluation.unseen_shares import MethodShare, render_shares
+from training.reproduction.tables import describe_machine
+
+UNSEEN_DIRS: Mapping[str, str] = {"text": "text-families", "detection": "detection-embedded"}
+"""Folder of each suite's `unseen.json` in the results."""
+
+MIN_TEXT_SHARE = 0.55
+"""Of the headroom, by words alone."""
+
+SIMPLE = ("soup", "nearest", "pca_ridge")
+"""What must be beaten on unseen detection tasks; on text everything that uses no examples."""
+
+_ABOUT: Mapping[str, str] = {
+    "text": "Every task is scored by methods that never saw its family: neither its adapters and "
+    "texts nor its descriptions. A share of 0 is the base, 1 the task's own adapter, in NLL of "
+    "held-out windows; `description` and `examples` are prompts for the base, eight examples of "
+    "together 512 tokens.",
+    "detection": "Every category is scored by methods that never saw its adapters or "
+    "descriptions. A share of 0 is the base, asked in words that it was trained on, 1 the "
+    "category's own adapter, in AP50 on composited test scenes.",
+}
+
+_READING = (
+    "Intervals of the mean draw whole families. `ahead of it by` is the judged method's mean share "
+    "less that of the row's; wins, ties and losses are its tasks against the row's, by paired "
+    "intervals. `from gibberish` is the same method told random letters."
+)
+
+
+@dataclass(frozen=True)
+class UnseenResults:
+    """A committed `unseen.json`; the first of its methods is the judged one."""
+
+    document: Mapping[str, Any]
+    results: tuple[MethodShare, ...]
+
+    @property
+    def judged(self) -> MethodShare:
+        """Ours."""
+        return next(each for each in self.results if each.behind is None)
+
+
+def read_unseen(suite: str, results: Path) -> UnseenResults | None:
+    """A suite's results; None where none are committed."""
+    path = results / UNSEEN_DIRS[suite] / "unseen.json"
+    if not path.exists():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    read = TypeAdapter(tuple[MethodShare, ...]).validate_python
+    return UnseenResults(document, read(document["results"]))
+
+
+def render_unseen(suite: str, results: Path) -> Iterator[str]:
+    """Paragraphs about a suite's unseen tasks, without the figure."""
+    found = read_unseen(suite, results)
+    if found is None:
+        yield "Not measured yet: `icm-lora unseen` measures it."
+        return
+    document, settings = found.document, found.document["settings"]
+    families = document["families"]
+    kept = {name: value for name, value in settings.items() if name != "seeds"}
+    yield _ABOUT[suite]
+    yield (
+        f"Recipe `{document['recipe']['bundle']['name']}` (`{document['recipe_digest'][:12]}`), "
+        f"{len(families)} tasks in {len(set(families.values()))} families, fine-tuning seeds "
+        f"{', '.join(map(str, document['recipe']['finetune']['seeds']))}, seeds of the methods "
+        f"{', '.join(map(str, settings['seeds']))}; "
+        + ", ".join(f"`{name}` {value}" for name, value in kept.items() if value is not None)
+        + f"; commit `{document['commit']}`; {describe_machine(document['hardware'])}."
+    )
+    yield render_shares(found.results)
+    yield _READING
+
+
+def list_unseen_losses(results: Sequence[MethodShare]) -> Iterator[str]:
+    """Where the judged method is behind, or where its words do not matter."""
+    judged = next(each for each in results if each.behind is None)
+    for each in results:
+        if each.behind is not None and each.behind.value < 0:
+            clear = "clearly" if each.behind.high < 0 else "within the interval"
+            yield (
+                f"`{each.name}` has the higher mean share: {each.share.mean.value:.3f} against "
+                f"{judged.share.mean.value:.3f} of `{judged.name}`, {clear}."
+            )
+    if judged.gibberish is not None and judged.gibberish.mean.value >= judged.share.mean.value:
+        yield f"`{judged.name}` does as well with gibberish as with the description."
+    worse = [task for task, share in judged.tasks.items() if share is not None and share < 0]
+    if worse:
+        yield f"`{judged.name}` is worse than the base alone on: {', '.join(worse)}."
+    if judged.share.undefined:
+        yield (f"Without headroom, and so not in the means: {', '.join(judged.share.undefined)}.")
+
+
+def list_unseen_targets(suite: str, found: UnseenResults) -> Iterator[tuple[str, str, str, bool]]:
+    """Name, what was measured, target, and whether it is met."""
+    judged = found.judged
+    mean = judged.share.mean
+    if suite == "text":
+        yield (
+            "unseen text: share of headroom by words",
+            f"{mean.value:.3f}",
+            f"at least {MIN_TEXT_SHARE:g}",
+            mean.value >= MIN_TEXT_SHARE,
+        )
+    rivals = [
+        each
+        for each in found.results
+        if each.behind is not None
+        and (each.name in SIMPLE if suite == "detection" else each.name != "examples")
+    ]
+    beaten = [each for each in rivals if each.behind is not None and each.behind.low > 0]
+    yield (
+        f"unseen {suite}: significantly ahead",
+        f"of {len(beaten)} of {len(rivals)} methods",
+        "of all that use no examples" if suite == "text" else f"of {', '.join(SIMPLE)}",
+        len(beaten) == len(rivals),
+    )
+    if judged.gibberish is not None:
+        gibberish = judged.gibberish.mean.value
+        yield (
+            f"unseen {suite}: gibberish below the truth on the mean",
+            f"{gibberish:.3f}",
+            f"below {mean.value:.3f}",
+            gibberish < mean.value,
+        )
