@@ -1,7 +1,7 @@
 """The sources that text tasks can come from.
 
     "domains"      the twelve real domains, fetched and prepared on first use
-    "families"     56 tasks in 15 families, fetched and prepared on first use
+    "families"     56 tasks in 12 families, fetched and prepared on first use
     "smoke"        four small tasks made from the running interpreter, without any network
     "folder:PATH"  a folder of text files: one sub-folder a task
     "jsonl:PATH"   a file of rows {"task", "split", "text"} and a `tasks.toml` beside it

@@ -1,7 +1,8 @@
 """The many text tasks that unseen-task evaluation draws on, in families.
 
 A family is what leave-one-out must leave out as a whole where a task could be guessed from its
-siblings: languages of one encyclopedia, books of one Bible, chapters of one cookbook. Family,
+siblings: languages of one encyclopedia, books of one Bible, genres of one corpus. Tasks that share
+an archive are one family: how it was edited is half of what there is to be learned of it. Family,
 title, words and the texts' licence stand in `text_families.toml`, the texts in `family_texts.py`.
 Tasks that are also among the twelve domains have the domain's texts and words.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidInputError, InvalidTaskDataError
+from training.evaluation.splits import group_families
 from training.recipe import read_recipe
 from training.tasks import family_texts, load_text_tasks, text_families
 from training.tasks.documents import Document, hold_out_units
@@ -41,6 +42,14 @@ def test_every_task_has_words_texts_a_licence_and_siblings() -> None:
     assert all(record.licence for record in RECORDS.values())
     assert len({record.wordings.title for record in RECORDS.values()}) == len(RECORDS)
     assert min(Counter(record.family for record in RECORDS.values()).values()) >= 2
+
+
+def test_tasks_that_share_an_archive_are_one_family() -> None:
+    by_archive = group_families(
+        {name: [str(archive) for archive in FAMILY_TEXTS[name].archives] for name in RECORDS}
+    )
+    for name, first in by_archive.items():
+        assert RECORDS[name].family == RECORDS[first].family, f"{name} and {first}"
 
 
 @pytest.mark.parametrize("name", RECORDS)
