@@ -35,11 +35,15 @@ class Episodes:
         self._is_family = numbers[:, None] == numbers  # [tasks, tasks]
         self._section = section
 
+    def hide_families(self, tasks: Int[Tensor, " batch"]) -> Bool[Tensor, "batch tasks"]:
+        """What makes each of these tasks an unseen one: its family."""
+        return self._is_family[tasks]
+
     def hide(
         self, tasks: Int[Tensor, " batch"], generator: torch.Generator
     ) -> Bool[Tensor, "batch tasks"]:
         """What is hidden from the decoder of each of these tasks' examples."""
-        is_family = self._is_family[tasks]
+        is_family = self.hide_families(tasks)
         is_episode = torch.rand(len(tasks), 1, generator=generator) < self._section.episode_share
         family = is_family & is_episode
         drawn = torch.rand(is_family.shape, generator=generator) < self._section.dropout

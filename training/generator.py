@@ -25,6 +25,9 @@ from training.task_vectors import TaskVectors
 
 SAVE_EVERY_STEPS = 100
 
+TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Candidates for preset `in_context`, in units of cosine."""
+
 
 def configure_generator(recipe: Recipe, condition_dim: int, num_tasks: int) -> GeneratorConfig:
     """The recipe's networks for a number of tasks and task vectors of a length."""
@@ -92,6 +95,8 @@ def train_generator(
     episodes = None
     if recipe.context is not None:
         episodes = Episodes(families or list(checkpoints), recipe.context)
+        assert isinstance(model.decoder, InContextDecoder), "[context] is of that preset"
+        choose_temperature(model.decoder, vectors, episodes)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=section.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
@@ -132,6 +137,23 @@ def train_generator(
     write_tensors(path, model.state_dict())
     state_path.unlink(missing_ok=True)
     return model
+
+
+@torch.no_grad()
+def choose_temperature(decoder: InContextDecoder, vectors: TaskVectors, episodes: Episodes) -> None:
+    """Sets the temperature at which retrieval comes nearest to tasks whose family is hidden.
+
+    The error is squared, a mean over the values of normalised own adapters and over wordings.
+    """
+    device = decoder.adapters.device
+    rows, owner = vectors.rows.to(device), vectors.owner
+    hidden = episodes.hide_families(owner).to(device)
+    errors = []
+    for candidate in TEMPERATURES:
+        decoder.temperature.fill_(candidate)
+        retrieved = decoder.weigh_tasks(rows, hidden) @ decoder.adapters
+        errors.append(float((retrieved - decoder.adapters[owner]).square().mean()))
+    decoder.temperature.fill_(TEMPERATURES[errors.index(min(errors))])
 
 
 def draw_wordings(

@@ -20,7 +20,8 @@ class GeneratorConfig:
         width: channels; for `paper` the widest layer.
         chunk_size: not `paper`: a module with more values is cut into several tokens.
         num_prototypes: not `paper`: training tasks that the decoder attends over.
-        attention_temperature: not `paper`: of that attention, in units of cosine.
+        attention_temperature: not `paper`: of that attention, in units of cosine; training of
+            `in_context` replaces it by a better one.
         num_neighbours: `in_context` only: nearest training tasks that are looked at.
     """
 

@@ -4,7 +4,8 @@
     soup     = sum_i w_i l_i
     decode   = soup + gate * CNN(soup, [z; sum_i w_i read(v_i, l_i)])
 
-`v_i` and `l_i` are a training task's mean task vector and its own adapter. At gate 0 the decoder is
+`v_i` and `l_i` are a training task's mean task vector and its own adapter; the temperature is
+chosen in training, on tasks whose family is hidden. At gate 0 the decoder is
 retrieval with weights; the residual is trained in episodes that hide the task to be decoded, and
 all of its family, from the context. So it learns what is to be done about a task that nothing was
 trained for, and `z` what the description leaves open.
@@ -26,16 +27,18 @@ class InContextDecoder(TokenDecoder):
     Attributes:
         keys: unit mean task vector of each training task.
         adapters: own adapter of each, normalised.
+        temperature: of the weights; starts at the configured one.
         gate: share of the residual; starts at 0.
     """
 
     keys: Float[Tensor, "tasks cond"]
+    temperature: Float[Tensor, ""]
     adapters: Float[Tensor, "tasks num_params"]
 
     def __init__(self, layout: AdapterLayout, config: GeneratorConfig) -> None:
         super().__init__(layout, config)
-        self.temperature = config.attention_temperature
         self.num_neighbours = min(config.num_neighbours, config.num_prototypes)
+        self.register_buffer("temperature", torch.tensor(config.attention_temperature))
         self.register_buffer("keys", torch.zeros(config.num_prototypes, config.condition_dim))
         self.register_buffer("adapters", torch.zeros(config.num_prototypes, layout.num_params))
         del self.task  # free values per task are what a hidden task would be known by

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import training.generator
 from service.synthesis.cvae import ConditionalVAE
+from service.synthesis.in_context import InContextDecoder
 from service.synthesis.normalizer import AdapterNormalizer
 from service.synthesis.token_networks import TokenDecoder
 from tests.fixtures.kernel import normal
@@ -20,7 +21,11 @@ from tests.fixtures.tiny_training import (
     make_recipe,
     open_run,
 )
-from training.generator import build_generator, train_generator
+from training.baselines.base import TrainingTasks
+from training.baselines.leave_one_out import choose_by_leave_one_out
+from training.baselines.top_k import mix_top_k
+from training.episodes import Episodes
+from training.generator import TEMPERATURES, build_generator, choose_temperature, train_generator
 from training.run_dir import RunDir
 
 PRESETS = pytest.mark.parametrize("preset", ["paper", "token", "in_context"])
@@ -149,3 +154,20 @@ def test_the_papers_twelve_layers_learn_more_than_the_mean_adapter(tmp_path: Pat
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["mse"] < 0.5 * lines[0]["mse"]
+
+
+def test_the_temperature_of_retrieval_is_that_of_leave_one_family_out() -> None:
+    """As the baseline `top_k` chooses its own, family by family."""
+    vectors, checkpoints = draw_task_vectors(6), draw_checkpoints(6)
+    families = dict(zip(checkpoints, "aabbcd", strict=True))
+    recipe = make_recipe(generator={"preset": "in_context"}, context={"num_neighbours": 2})
+    decoder = build_generator(TINY_LAYOUT, recipe, vectors).decoder
+    assert isinstance(decoder, InContextDecoder)
+    tasks = TrainingTasks.from_stages(TINY_LAYOUT, checkpoints, vectors, families)
+    decoder.set_adapters(tasks.normalizer.normalize(tasks.own_adapters.float()))
+    assert recipe.context is not None
+    choose_temperature(decoder, vectors, Episodes([*families.values()], recipe.context))
+    expected = choose_by_leave_one_out(
+        tasks, TEMPERATURES, lambda rest, rows: mix_top_k(rest, rows, 2, TEMPERATURES)
+    )
+    assert float(decoder.temperature) == pytest.approx(expected)

@@ -245,7 +245,9 @@ def test_the_same_seed_gives_the_same_networks(preset: str) -> None:
 def test_trained_weights_and_keys_alone_are_saved(preset: str) -> None:
     model = make_model(preset)
 
-    context = {"token": {"task.keys"}, "in_context": {"keys", "adapters"}}.get(preset, set())
+    context = {"token": {"task.keys"}, "in_context": {"keys", "adapters", "temperature"}}.get(
+        preset, set()
+    )
     buffers = {f"decoder.{name}" for name in context}
     assert model.state_dict().keys() == dict(model.named_parameters()).keys() | buffers
 
