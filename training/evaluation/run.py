@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from service.errors import InvalidInputError
 from service.synthesis.synthesizer import Synthesizer
 from training.checkpoint import read_tensors, write_text
 from training.detection_examples import encode_scenes
@@ -138,7 +139,7 @@ def evaluate_unseen(
         out: folder for `unseen.json`, `unseen.md` and `unseen.png`.
 
     Raises:
-        InvalidInputError: an unknown method.
+        InvalidInputError: an unknown method, or one with a description where there are no prompts.
     """
     from training.figures import draw_shares
 
@@ -149,6 +150,9 @@ def evaluate_unseen(
         if pipeline.detection is None
         else DetectionSuite(pipeline.base, pipeline.detection)
     )
+    prompts = {method.prompt for method in methods.values() if method.prompt is not None}
+    if not prompts <= {*suite.prompts}:
+        raise InvalidInputError("only text tasks have prompts: leave out NAME+description")
     job = UnseenEvaluation(pipeline, methods, suite, settings)
     with show_progress("unseen", job.num_scores) as show:
         scores = job.score(show)

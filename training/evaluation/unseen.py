@@ -42,10 +42,13 @@ class Method:
         build: an unfitted one, which may learn through the base.
         options: all that its adapters depend on besides tasks and seed, as JSON: scores that were
             kept under other options are not read.
+        prompt: what stands before every window as well, `description` or nothing. Methods that
+            are named alike up to a `+` differ in this alone, and are fitted once.
     """
 
     build: Callable[[ThroughBase], Baseline]
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,20 @@ class UnseenEvaluation:
         num_folds = min(self.settings.num_folds or len(families), len(families))
         for first in range(num_folds):
             rest = self.training_tasks.without(*families[first::num_folds])
-            for name, method in self.methods.items():
+            for name, variants in self._group_variants().items():
+                method = next(iter(variants.values()))
                 folder = self._find_folder({**method.options, "num_folds": num_folds})
                 for seed in self.settings.seeds:
                     fit = partial(_Fitted, method, rest, seed, through_base)
-                    list_scores = partial(self._list_fitted, fit, f"{name}.{seed}", folder)
+                    list_scores = partial(self._list_fitted, fit, variants, seed, folder)
                     yield _Part(f"{folder.name}.{name}.{seed}.{first}", list_scores)
+
+    def _group_variants(self) -> dict[str, dict[str, Method]]:
+        """Methods by what they are named up to a `+`."""
+        groups: dict[str, dict[str, Method]] = {}
+        for name, method in self.methods.items():
+            groups.setdefault(name.partition("+")[0], {})[name] = method
+        return groups
 
     @property
     def _references(self) -> Mapping[str, int | str | None]:
@@ -160,7 +171,11 @@ class UnseenEvaluation:
             yield _Score(task, label, path, make, told if isinstance(told, str) else None)
 
     def _list_fitted(
-        self, fit: "Callable[[], _Fitted]", label: str, folder: Path
+        self,
+        fit: "Callable[[], _Fitted]",
+        variants: Mapping[str, Method],
+        seed: int,
+        folder: Path,
     ) -> "Iterator[_Score]":
         """Of the tasks that the method is not fitted on."""
         fitted = fit()
@@ -168,9 +183,12 @@ class UnseenEvaluation:
             if task.name in fitted.tasks.names:
                 continue
             for told, suffix in ((task.name, ""), ("", ".gibberish")):
-                path = folder / f"{task.name}.{label}{suffix}.safetensors"
-                make = partial(fitted.generate, self.unseen_vectors[told])
-                yield _Score(task, f"{label}{suffix}", path, make)
+                labels = [f"{name}.{seed}{suffix}" for name in variants]
+                paths = [folder / f"{task.name}.{label}.safetensors" for label in labels]
+                make = partial(_read_or_make, paths, fitted, self.unseen_vectors[told])
+                for label, path, method in zip(labels, paths, variants.values(), strict=True):
+                    prompt = method.prompt if told or method.prompt is None else "gibberish"
+                    yield _Score(task, label, path, make, prompt)
 
     def _write(self, score: "_Score", attachment: Attachment) -> None:
         vector = None if score.make is None else score.make().to(VECTOR_DTYPE)
@@ -255,6 +273,16 @@ class _Fitted:
     def generate(self, task_vector: Float[Tensor, " dim"]) -> Float[Tensor, " num_params"]:
         """The adapter of a description."""
         return self._baseline.generate(task_vector, self.seed)
+
+
+def _read_or_make(
+    paths: Sequence[Path], fitted: _Fitted, task_vector: Float[Tensor, " dim"]
+) -> Float[Tensor, " num_params"]:
+    """The adapter of a description, from a score that is kept where there is one."""
+    for path in paths:
+        if path.exists():
+            return read_tensors(path)[0]["vector"]
+    return fitted.generate(task_vector)
 
 
 def _read_own(path: Path) -> Float[Tensor, " num_params"]:

@@ -19,7 +19,7 @@ from training.evaluation.average_precision import Matches, resample_ap, score_ca
 from training.evaluation.boxes import find_boxes
 from training.evaluation.headroom import HeadroomShare, measure_share, measure_text_share
 from training.evaluation.statistics import Interval, Resampled, resample_ratio
-from training.evaluation.text import sum_window_nll
+from training.evaluation.text import GIBBERISH, sum_window_nll
 from training.task_vectors import AnyTask
 from training.tasks.detection_task import DetectionData, DetectionTask
 from training.tasks.text import TextTask
@@ -40,7 +40,7 @@ class UnseenSuite(Protocol):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What the base is asked without an adapter, to be compared with adapters."""
+        """What stands before the data without an adapter, to be compared with adapters."""
         ...
 
     @property
@@ -55,7 +55,14 @@ class UnseenSuite(Protocol):
         vector: Float[Tensor, " num_params"] | None,
         prompt: str | None = None,
     ) -> Score:
-        """Scores a task with an adapter, or the base alone, or the base behind a prompt."""
+        """Scores a task with an adapter or the base alone, without or behind a prompt.
+
+        Args:
+            attachment: to the base, of the adapter.
+            task: what is scored.
+            vector: adapter; None for the base alone.
+            prompt: one of `prompts`, or `gibberish` in the place of a description.
+        """
         ...
 
     def measure_share(
@@ -101,6 +108,8 @@ class TextSuite:
         prefix = None
         if prompt == "description":
             prefix = prompt_with_description(self.base, task.heldout_descriptions[0])
+        elif prompt == "gibberish":
+            prefix = prompt_with_description(self.base, GIBBERISH)
         elif prompt == "examples":
             shots = task.train[:NUM_EXAMPLES]
             prefix = prompt_with_examples(self.base, shots, EXAMPLE_TOKENS)

@@ -136,6 +136,26 @@ def test_processes_share_the_parts(run: RunDir) -> None:
     assert all(set(each) == set(job.labels) for each in scores.values())
 
 
+def test_a_variant_behind_a_prompt_has_the_same_adapters(run: RunDir) -> None:
+    Spy.seen.clear()
+    plain = Method(lambda _: Spy(), {"variants": 1})
+    described = replace(plain, prompt="description")
+    job = open_job(run, {"soup+description": described, "soup": plain})
+    scores = job.score(lambda step, **_: None)
+    assert len(Spy.seen) == 3  # once a fold
+    attachment = Attachment(job.pipeline.base.model, job.pipeline.bases)
+    task = job.pipeline.tasks[0]
+    soup = job.training_tasks.without(task.name).own_adapters.mean(0).half().float()
+    for label, prompt in (
+        ("soup.0", None),
+        ("soup+description.0", "description"),
+        ("soup+description.0.gibberish", "gibberish"),
+    ):
+        expected = job.suite.score(attachment, task, soup, prompt)
+        torch.testing.assert_close(scores[task.name][label], expected)
+    assert not torch.allclose(expected, scores[task.name]["soup+description.0"])
+
+
 def test_detection_tasks_are_scored_on_the_test_scenes(
     tiny_detection_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -232,7 +252,14 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
 
 def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
     size = ["--windows", "12", "--window-tokens", "9", "--folds", "3"]
-    names = ["in_context", "in_context_functional", "soup", "multi_task", "greedy_soup"]
+    names = [
+        "in_context",
+        "in_context+description",
+        "in_context_functional",
+        "soup",
+        "multi_task",
+        "greedy_soup",
+    ]
     main(["unseen", str(run.root), "--methods", *names, *size, "--out", str(tmp_path)])
     body = json.loads((tmp_path / "unseen.json").read_text())
     assert {row["name"] for row in body["results"]} == {*names, "description", "examples"}
