@@ -14,6 +14,7 @@ from service.settings import render_settings_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "training" / "results" / "text-smollm2"
 DETECTION_RESULTS = ROOT / "training" / "results" / "detection-embedded"
+FAMILIES_RESULTS = ROOT / "training" / "results" / "text-families"
 SERVING_RESULTS = ROOT / "training" / "results" / "serving"
 SERVING_COMMANDS = {
     "serving": "bench-serving",
@@ -33,6 +34,7 @@ def render_blocks() -> dict[str, str]:
     return {
         "demo": f"```\n{transcript}\n```",
         "results": (RESULTS / "evaluation.md").read_text().strip(),
+        "unseen": (FAMILIES_RESULTS / "unseen.md").read_text().strip(),
         "detection": (DETECTION_RESULTS / "evaluation.md").read_text().strip(),
         "bench": _render_bench(json.loads((RESULTS / "bench.json").read_text())),
         "serving": _render_serving(SERVING_RESULTS),

@@ -86,13 +86,16 @@ def render_unseen(suite: str, results: Path) -> Iterator[str]:
 def list_unseen_losses(results: Sequence[MethodShare]) -> Iterator[str]:
     """Where the judged method is behind, or where its words do not matter."""
     judged = next(each for each in results if each.behind is None)
+    rivals = {each.name: each.behind for each in results if each.behind is not None}
     for each in results:
-        if each.behind is not None and each.behind.value < 0:
-            clear = "clearly" if each.behind.high < 0 else "within the interval"
+        if each.name in rivals and rivals[each.name].high < 0:
             yield (
-                f"`{each.name}` has the higher mean share: {each.share.mean.value:.3f} against "
-                f"{judged.share.mean.value:.3f} of `{judged.name}`, {clear}."
+                f"`{each.name}` is clearly ahead: {each.share.mean.value:.3f} against "
+                f"{judged.share.mean.value:.3f} of `{judged.name}`."
             )
+    ties = [f"`{name}`" for name, behind in rivals.items() if behind.low <= 0 <= behind.high]
+    if ties:
+        yield f"`{judged.name}` has no clear lead over {', '.join(ties)}."
     if judged.gibberish is not None and judged.gibberish.mean.value >= judged.share.mean.value:
         yield f"`{judged.name}` does as well with gibberish as with the description."
     worse = [task for task, share in judged.tasks.items() if share is not None and share < 0]

@@ -73,10 +73,13 @@ def test_losses_name_who_is_ahead(results: Path) -> None:
     found = read_unseen("text", results)
     assert found is not None
     assert [*list_unseen_losses(found.results)] == [
-        "`nearest` has the higher mean share: 0.620 against 0.600 of `in_context`, within the "
-        "interval.",
+        "`in_context` has no clear lead over `nearest`.",
         "Without headroom, and so not in the means: c.",
     ]
+    ahead = [make_share("token", 0.5, None, 0.1), make_share("examples", 0.9, -0.4, 0.1)]
+    assert [*list_unseen_losses(ahead)][0] == (
+        "`examples` is clearly ahead: 0.900 against 0.500 of `token`."
+    )
     worse = [make_share("token", 0.1, None, 0.1)]
     assert [*list_unseen_losses(worse)][:2] == [
         "`token` does as well with gibberish as with the description.",
