@@ -77,7 +77,7 @@ def test_losses_name_who_is_ahead(results: Path) -> None:
         "Without headroom, and so not in the means: c.",
     ]
     ahead = [make_share("token", 0.5, None, 0.1), make_share("examples", 0.9, -0.4, 0.1)]
-    assert [*list_unseen_losses(ahead)][0] == (
+    assert next(iter(list_unseen_losses(ahead))) == (
         "`examples` is clearly ahead: 0.900 against 0.500 of `token`."
     )
     worse = [make_share("token", 0.1, None, 0.1)]
