@@ -60,11 +60,22 @@ def test_a_sample_may_differ_by_the_tolerance(
 def test_the_exit_code_tells_of_a_missed_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    committed = Verdict("a target", "1", "0", passed=True)
+    monkeypatch.setattr(check, "check_committed", lambda paper: [committed])
     for passed, code in ((True, 0), (None, 0), (False, 1)):
         verdict = Verdict("a target", "0.5", "0.4", passed)
         monkeypatch.setattr(check, "check_live", lambda verdict=verdict: [verdict])
         assert main(["reproduce", "--check", "--out", str(tmp_path)]) == code
     assert "1 targets missed" in capsys.readouterr().out
+
+
+def test_a_missed_target_of_committed_results_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed = Verdict("a target", "0", "1", passed=False)
+    monkeypatch.setattr(check, "check_committed", lambda paper: [missed])
+    monkeypatch.setattr(check, "check_live", list)
+    assert main(["reproduce", "--check", "--out", str(tmp_path)]) == 1
 
 
 def test_verdicts_are_lines_of_one_width() -> None:
