@@ -26,6 +26,12 @@ DETECTION_OUT = Path("runs") / "demo" / "detection.png"
 TASK = "Carry on the way a cookbook would."
 PROMPT = "Grandmother's apple pie\n\n"
 MAX_TOKENS = 60
+EXAMPLES = (
+    "Tomato soup\n\n2 lb ripe tomatoes\n1 onion, chopped\n2 cups stock\n\n"
+    "Cook the onion in butter until soft. Add the tomatoes and the stock and simmer for 30 minutes.",
+    "Plum tart\n\n1 cup flour\n1/2 cup butter\n12 plums, halved\n\n"
+    "Roll out the dough and line a pan with it. Arrange the plums and bake until golden.",
+)
 SHOWN_SCORE = 0.3
 START_TIMEOUT_SECONDS = 300
 SHOWN_METRICS = (
@@ -45,6 +51,9 @@ def run_demo() -> int:
         _print_fields({**adapter, "nearest": adapter["nearest"][:3]})
         again = post_json(url, "/generate-lora", {"task": TASK})
         print(f"\nagain: cache {again['cache']}, {again['milliseconds']['total']:.1f} ms")
+        _print_heading(f"POST /generate-lora  {len(EXAMPLES)} examples instead of words")
+        shown = post_json(url, "/generate-lora", {"examples": EXAMPLES})
+        _print_fields({**shown, "nearest": shown["nearest"][:3]})
         for adapter_id in ("base", adapter["adapter_id"]):
             _print_heading(f"POST /infer  adapter_id {adapter_id[:12]}  prompt {PROMPT!r}")
             request = {"adapter_id": adapter_id, "prompt": PROMPT, "max_tokens": MAX_TOKENS}

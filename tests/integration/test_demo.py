@@ -10,6 +10,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_demo_shows_two_different_answers(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_demo() == 0
     output = capfd.readouterr().out
+    by_example = output.split("examples instead of words")[1].split("---")[0]
+    nearest = by_example.split("nearest")[1].splitlines()[0]
+    assert nearest.split('"')[1] == "recipes", nearest
     answers = output.split("--- POST /infer")[1:]
     assert len(answers) == 4  # text, then detection: base and adapter each
     assert answers[0].splitlines()[1] != answers[1].splitlines()[1]
