@@ -28,7 +28,7 @@ PROMPT = "Grandmother's apple pie\n\n"
 MAX_TOKENS = 60
 EXAMPLES = (
     "Tomato soup\n\n2 lb ripe tomatoes\n1 onion, chopped\n2 cups stock\n\n"
-    "Cook the onion in butter until soft. Add the tomatoes and the stock and simmer for 30 minutes.",
+    "Cook the onion in butter. Add the tomatoes and the stock and simmer for 30 minutes.",
     "Plum tart\n\n1 cup flour\n1/2 cup butter\n12 plums, halved\n\n"
     "Roll out the dough and line a pan with it. Arrange the plums and bake until golden.",
 )
