@@ -191,10 +191,12 @@ def _render_suite(suite: str, results: Path) -> Iterator[str]:
 
 
 def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:
-    yield from render_unseen(suite, results)
     found = read_unseen(suite, results)
-    if found is not None:
-        yield from _render_losses([*list_unseen_losses(found.results)])
+    if found is None:
+        yield "Not measured yet: `icm-lora unseen` measures it."
+        return
+    yield from render_unseen(suite, found)
+    yield from _render_losses([*list_unseen_losses(found.results)])
 
 
 def _render_losses(losses: Sequence[str]) -> Iterator[str]:

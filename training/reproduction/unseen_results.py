@@ -61,12 +61,8 @@ def read_unseen(suite: str, results: Path) -> UnseenResults | None:
     return UnseenResults(document, read(document["results"]))
 
 
-def render_unseen(suite: str, results: Path) -> Iterator[str]:
-    """Paragraphs about a suite's unseen tasks, without the figure."""
-    found = read_unseen(suite, results)
-    if found is None:
-        yield "Not measured yet: `icm-lora unseen` measures it."
-        return
+def render_unseen(suite: str, found: UnseenResults) -> Iterator[str]:
+    """Paragraphs about a suite's unseen tasks, without losses and figure."""
     document, settings = found.document, found.document["settings"]
     families = document["families"]
     kept = {name: value for name, value in settings.items() if name != "seeds"}
