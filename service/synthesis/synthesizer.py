@@ -27,7 +27,7 @@ from service.synthesis.example_tasks import (
 )
 from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
 from service.synthesis.novelty import NoveltyScale, draw_nonsense
-from service.synthesis.row_decoding import decode_rows
+from service.synthesis.row_decoding import RowDecoder
 from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ class Synthesizer:
             nonsense = torch.cat([encoder.encode([text]) for text in draw_nonsense()])
         self._novelty = NoveltyScale(bundle.task_vectors, bundle.owner, nonsense)
         self._device = torch.device(device)
-        self._decoder = bundle.decoder.to(self._device)
+        self._decode = RowDecoder(bundle.decoder.to(self._device))
 
     def synthesize(
         self, recipe: AdapterRecipe, examples: Examples | None = None
@@ -458,7 +458,7 @@ class Synthesizer:
         z = torch.stack([self._draw_z(recipe) for recipe in recipes]).to(self._device)
         condition = torch.stack(list(task_vectors)).to(self._device)
         with torch.inference_mode():
-            normalized = decode_rows(self._decoder, z, condition).float().cpu()
+            normalized = self._decode(z, condition).float().cpu()
             vectors = self.bundle.normalizer.denormalize(normalized)
         # A copy each: a view would keep the whole batch in memory for as long as one lives.
         return [
