@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["in_context", "soup", "top_k", "nearest", "pca_ridge"],
         metavar="METHOD",
-        help="the first is judged against the others; NAME+description: behind a prompt, too",
+        help="the first is judged against the others; NAME+description or +examples: behind a prompt",
     )
     unseen.add_argument(
         "--windows", type=int, default=80, help="held-out windows per text task (80)"

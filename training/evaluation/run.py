@@ -152,7 +152,7 @@ def evaluate_unseen(
     )
     prompts = {method.prompt for method in methods.values() if method.prompt is not None}
     if not prompts <= {*suite.prompts}:
-        raise InvalidInputError("only text tasks have prompts: leave out NAME+description")
+        raise InvalidInputError("only text tasks have prompts: leave out what follows a +")
     job = UnseenEvaluation(pipeline, methods, suite, settings)
     with show_progress("unseen", job.num_scores) as show:
         scores = job.score(show)

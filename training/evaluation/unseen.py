@@ -42,7 +42,7 @@ class Method:
         build: an unfitted one, which may learn through the base.
         options: all that its adapters depend on besides tasks and seed, as JSON: scores that were
             kept under other options are not read.
-        prompt: what stands before every window as well, `description` or nothing. Methods that
+        prompt: of the suite's, what stands before every window as well, or nothing. Methods that
             are named alike up to a `+` differ in this alone, and are fitted once.
     """
 
@@ -187,7 +187,9 @@ class UnseenEvaluation:
                 paths = [folder / f"{task.name}.{label}.safetensors" for label in labels]
                 make = partial(_read_or_make, paths, fitted, self.unseen_vectors[told])
                 for label, path, method in zip(labels, paths, variants.values(), strict=True):
-                    prompt = method.prompt if told or method.prompt is None else "gibberish"
+                    prompt = method.prompt
+                    if prompt == "description" and not told:
+                        prompt = "gibberish"
                     yield _Score(task, label, path, make, prompt)
 
     def _write(self, score: "_Score", attachment: Attachment) -> None:

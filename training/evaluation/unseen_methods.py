@@ -29,8 +29,8 @@ METHODS_OF_WEIGHTS = (
 DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
 """Section `[context]` of preset `in_context` where the recipe is of another preset."""
 
-WITH_DESCRIPTION = "+description"
-"""Suffix of a method whose adapters are used behind a prompt that says what to do."""
+WITH_PROMPT = MappingProxyType({"+description": "description", "+examples": "examples"})
+"""Suffixes of a method whose adapters are used behind a prompt: what to do, or how it is done."""
 
 SCORED_TASKS = 8
 SCORED_EXAMPLES = 8
@@ -40,16 +40,17 @@ SCORED_EXAMPLES = 8
 def build_method(name: str, recipe: Recipe) -> Method:
     """A method; generators train as the recipe says, `PRESET_functional` through the base as well.
 
-    `NAME+description` is NAME with the description before every window. The recipe's section
+    `NAME+description` is NAME with the description before every window, `NAME+examples` with
+    training texts of the task, which the adapter is not made from. The recipe's section
     `[functional]` also says how long what learns through the base does.
 
     Raises:
         InvalidInputError: an unknown name, or one that learns through the base while the recipe
             has no section `[functional]`.
     """
-    if name.endswith(WITH_DESCRIPTION):
-        plain = build_method(name.removesuffix(WITH_DESCRIPTION), recipe)
-        return replace(plain, prompt="description")
+    for suffix, prompt in WITH_PROMPT.items():
+        if name.endswith(suffix):
+            return replace(build_method(name.removesuffix(suffix), recipe), prompt=prompt)
     if name in METHODS_OF_WEIGHTS:
         return Method(lambda _: build_baseline(name))
     preset = name.removesuffix("_functional")
@@ -57,7 +58,7 @@ def build_method(name: str, recipe: Recipe) -> Method:
     if preset not in PRESETS and through_base is None:
         known = [*METHODS_OF_WEIGHTS, *PRESETS, *_METHODS_THROUGH_BASE]
         known += [f"{preset}_functional" for preset in PRESETS]
-        known.append(f"each with {WITH_DESCRIPTION}")
+        known.append(f"each with {' or '.join(WITH_PROMPT)}")
         raise InvalidInputError(f"unknown method {name!r}; known: {', '.join(known)}")
     if preset == name and through_base is None:
         return _build_preset(preset, recipe, functional=False)

@@ -139,8 +139,10 @@ def test_processes_share_the_parts(run: RunDir) -> None:
 def test_a_variant_behind_a_prompt_has_the_same_adapters(run: RunDir) -> None:
     Spy.seen.clear()
     plain = Method(lambda _: Spy(), {"variants": 1})
-    described = replace(plain, prompt="description")
-    job = open_job(run, {"soup+description": described, "soup": plain})
+    variants = {
+        f"soup+{prompt}": replace(plain, prompt=prompt) for prompt in ("description", "examples")
+    }
+    job = open_job(run, {**variants, "soup": plain})
     scores = job.score(lambda step, **_: None)
     assert len(Spy.seen) == 3  # once a fold
     attachment = Attachment(job.pipeline.base.model, job.pipeline.bases)
@@ -148,6 +150,8 @@ def test_a_variant_behind_a_prompt_has_the_same_adapters(run: RunDir) -> None:
     soup = job.training_tasks.without(task.name).own_adapters.mean(0).half().float()
     for label, prompt in (
         ("soup.0", None),
+        ("soup+examples.0", "examples"),
+        ("soup+examples.0.gibberish", "examples"),
         ("soup+description.0", "description"),
         ("soup+description.0.gibberish", "gibberish"),
     ):
@@ -255,6 +259,7 @@ def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
     names = [
         "in_context",
         "in_context+description",
+        "in_context+examples",
         "in_context_functional",
         "soup",
         "multi_task",

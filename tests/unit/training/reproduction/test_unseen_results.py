@@ -69,6 +69,17 @@ def test_targets_are_judged(results: Path) -> None:
     assert verdicts["unseen text: significantly ahead"].measured == "of 1 of 2 methods"
 
 
+def test_a_method_that_is_shown_examples_has_a_target_of_its_own(results: Path) -> None:
+    path = results / UNSEEN_DIRS["text"] / "unseen.json"
+    body = json.loads(path.read_text())
+    body["results"].append(asdict(make_share("in_context+examples", 0.8, -0.2, 0.7)))
+    path.write_text(json.dumps(body))
+    verdicts = {v.name: v for v in check_committed(results, results)}
+    shown = verdicts["unseen text: share of headroom with eight examples"]
+    assert (shown.passed, shown.measured) == (True, "0.800 (`in_context+examples`)")
+    assert verdicts["unseen text: significantly ahead"].measured == "of 1 of 2 methods"
+
+
 def test_losses_name_who_is_ahead(results: Path) -> None:
     found = read_unseen("text", results)
     assert found is not None
