@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from service.errors import InvalidTaskDataError
 from service.inference.base_model import BaseModel
@@ -75,6 +75,14 @@ def measure_nll(
         logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none"
     )
     return flat.view(windows.shape[0], -1)
+
+
+def read_prefix(base: BaseModel, prefix: Int[Tensor, " prefix_tokens"]) -> DynamicCache:
+    """Keys and values of a prefix, in one row."""
+    cache = DynamicCache(config=base.model.config)
+    ids = prefix[None].to(base.device)
+    base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 def fine_tune(

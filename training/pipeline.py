@@ -10,7 +10,7 @@ from shutil import copytree
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from service.errors import InvalidRecipeError
@@ -28,8 +28,10 @@ from training.adapters import (
     cut_windows,
     fine_tune,
     measure_nll,
+    read_prefix,
     tokenize_documents,
 )
+from training.baselines.prompt import prompt_with_description
 from training.checkpoint import read_tensors, write_tensors
 from training.detection_examples import build_detection_loss
 from training.detector import train_detector
@@ -151,14 +153,28 @@ class Pipeline:
         write_tensors(self.run.adapter(task.name, seed), tensors, metadata)
         state.unlink(missing_ok=True)
 
-    def _build_loss(self, task: AnyTask, seed: int) -> MeasureLoss:
-        """Training loss of a task's examples, text or detection."""
+    def _build_loss(
+        self, task: AnyTask, seed: int, *, behind_description: bool = False
+    ) -> MeasureLoss:
+        """Training loss of a task's examples, text or detection.
+
+        Text behind a description: each batch behind one wording, that of its first example.
+        """
         recipe = self.run.recipe
         if isinstance(task, TextTask):
             section = recipe.finetune
             tokens = tokenize_documents(self.base, task.train)
             windows = cut_windows(tokens, section.num_windows, section.window_tokens, seed)
-            return lambda numbers: measure_nll(self.base, windows[numbers]).mean()
+            if not behind_description:
+                return lambda numbers: measure_nll(self.base, windows[numbers]).mean()
+            prompts = [prompt_with_description(self.base, each) for each in task.descriptions]
+
+            def measure_behind(numbers: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+                prefix = read_prefix(self.base, prompts[int(numbers[0]) % len(prompts)])
+                prefix.batch_repeat_interleave(len(numbers))
+                return measure_nll(self.base, windows[numbers], prefix).mean()
+
+            return measure_behind
         assert self.detection is not None
         assert recipe.detection is not None
         return build_detection_loss(
@@ -241,17 +257,23 @@ class Pipeline:
     def open_through_base(self, batch_size: int, seed: int) -> Iterator[ThroughBase]:
         """Losses of adapters on all tasks' training examples; the base is wrapped meanwhile.
 
+        The recipe's section `[functional]` says whether descriptions stand before the examples.
+
         Args:
             batch_size: examples of a drawn batch.
             seed: of the choice of each task's examples.
         """
+        section = self.run.recipe.functional
+        behind = section is not None and section.behind_description
         tasks = {task.name: task for task in self.tasks}
         attachment = Attachment(self.base.model, self.bases)
         try:
             yield ThroughBase(
                 self.base,
                 attachment,
-                cache(lambda name: self._build_loss(tasks[name], seed)),
+                cache(
+                    lambda name: self._build_loss(tasks[name], seed, behind_description=behind)
+                ),
                 self.run.recipe.finetune.num_windows,
                 batch_size,
             )

@@ -176,6 +176,10 @@ class FunctionalSection(_Section):
     num_steps: int = Field(ge=1, description="of one task each")
     batch_size: int = Field(ge=1, description="training examples of a step")
     learning_rate: float = Field(gt=0)
+    behind_description: bool = Field(
+        default=False,
+        description="text: a training wording stands before every example, as when it is used so",
+    )
 
 
 class EvaluationSection(_Section):
@@ -228,6 +232,8 @@ class Recipe(_Section):
             raise ValueError(f"[detection] goes with the sources {', '.join(DETECTION_SOURCES)}")
         if is_detection and self.examples is not None:
             raise ValueError("[examples] goes with tasks of text")
+        if is_detection and self.functional is not None and self.functional.behind_description:
+            raise ValueError("behind_description goes with tasks of text: detection reads its words")
         return self
 
     @model_validator(mode="after")

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from service.errors import InvalidAdapterError
 from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
 from service.synthesis.synthesizer import Synthesizer
-from training.adapters import cut_windows, measure_nll, tokenize_documents
+from training.adapters import cut_windows, measure_nll, read_prefix, tokenize_documents
 from training.evaluation.statistics import Interval, bootstrap_ppl_ratio
 from training.progress import Report
 from training.tasks.text import TextTask
@@ -153,14 +152,6 @@ def sum_window_nll(
             parts.append(measure_nll(base, batch, own).sum(1).cpu())
     attachment.rows.vectors = None
     return torch.cat(parts).double()
-
-
-def read_prefix(base: BaseModel, prefix: Int[Tensor, " prefix_tokens"]) -> DynamicCache:
-    """Keys and values of a prefix, in one row."""
-    cache = DynamicCache(config=base.model.config)
-    ids = prefix[None].to(base.device)
-    base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def _summarize(

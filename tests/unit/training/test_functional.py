@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from torch.nn.functional import cross_entropy
 
 import training.functional
 from service.synthesis.attachment import Attachment
@@ -12,9 +14,12 @@ from service.synthesis.bundle import read_bundle
 from service.synthesis.normalizer import AdapterNormalizer
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
+from training.adapters import cut_windows, tokenize_documents
+from training.baselines.prompt import prompt_with_description
 from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
+from training.tasks.text import TextTask
 from training.through_base import ThroughBase
 
 FUNCTIONAL = {"num_steps": 100, "batch_size": 8, "learning_rate": 1e-2}
@@ -74,6 +79,40 @@ def test_adapters_lower_the_loss_that_the_base_has_with_them(
     for name, value in trained.decoder.state_dict().items():
         assert torch.equal(shipped[name], value.half().float())
     assert bundle.generator.preset == preset
+
+
+def test_examples_stand_behind_a_training_wording(
+    tmp_path: Path, tiny_open_clip: TinyOpenClip
+) -> None:
+    section = {**FUNCTIONAL, "behind_description": True}
+    recipe = make_recipe(encoder=tiny_open_clip.section, functional=section)
+    pipeline = open_pipeline(tmp_path, recipe)
+    base, task, settings = pipeline.base, pipeline.tasks[0], recipe.finetune
+    assert isinstance(task, TextTask)
+    tokens = tokenize_documents(base, task.train)
+    windows = cut_windows(tokens, settings.num_windows, settings.window_tokens, seed=0)
+    vector = torch.randn(pipeline.bases.layout.num_params) * 0.1
+    with pipeline.open_through_base(8, seed=0) as through_base:
+        for numbers in (torch.tensor([1, 0, 3]), torch.tensor([2])):
+            wording = task.descriptions[int(numbers[0]) % len(task.descriptions)]
+            prompt = prompt_with_description(base, wording)
+            ids = torch.cat([prompt.expand(len(numbers), -1), windows[numbers]], dim=1)
+            through_base.attachment.rows.vectors = vector[None].to(base.dtype)
+            logits = base.model(input_ids=ids).logits[:, len(prompt) : -1].float()
+            expected = cross_entropy(logits.flatten(0, 1), windows[numbers][:, 1:].flatten())
+            given = vector.clone().requires_grad_()
+            loss = through_base.measure(given, task.name, numbers)
+            torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+            loss.backward()
+            assert given.grad is not None
+            assert given.grad.abs().max() > 0
+
+
+def test_detection_has_no_text_to_stand_before(tiny_detection_recipe: Recipe) -> None:
+    body = tiny_detection_recipe.to_json()
+    body["functional"] = {**FUNCTIONAL, "behind_description": True}
+    with pytest.raises(ValidationError, match="detection reads its words"):
+        Recipe.model_validate(body)
 
 
 def test_a_killed_training_resumes_to_the_same_bytes(

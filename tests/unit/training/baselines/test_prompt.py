@@ -7,9 +7,8 @@ import torch
 
 from service.errors import InvalidInputError
 from service.inference.base_model import EMBEDDED_TINY, BaseModel, load_base_model
-from training.adapters import cut_windows, measure_nll, tokenize_documents
+from training.adapters import cut_windows, measure_nll, read_prefix, tokenize_documents
 from training.baselines.prompt import prompt_with_description, prompt_with_examples
-from training.evaluation.text import read_prefix
 
 
 @pytest.fixture(scope="module")
