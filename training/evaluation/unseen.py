@@ -23,12 +23,16 @@ from service.synthesis.synthesizer import VECTOR_DTYPE
 from service.synthesis.task_encoder import build_task_encoder
 from training.baselines import Baseline, TrainingTasks
 from training.checkpoint import read_tensors, write_tensors
+from training.evaluation.steering import CONSTANT
 from training.evaluation.text import GIBBERISH
 from training.evaluation.unseen_suites import Score, UnseenSuite
 from training.pipeline import Pipeline
 from training.progress import Report
 from training.task_vectors import AnyTask, encoder_spec
 from training.through_base import ThroughBase
+
+WRONG = ("gibberish", "constant", "other")
+"""Kinds of wrong words: no task's, every task's, and those of a task of another family."""
 
 WAIT_SECONDS = 1.0
 """Between two looks at what other processes have claimed."""
@@ -69,7 +73,7 @@ class UnseenEvaluation:
     """Scores of all methods on all tasks of a run, each task as an unseen one.
 
     Labels of scores: `base`, `own.SEED` (a fine-tuning), the suite's prompts, and `METHOD.SEED`
-    with `METHOD.SEED.gibberish` beside it.
+    with `METHOD.SEED.gibberish` beside it, for the first method one of each kind in `WRONG`.
 
     Attributes:
         pipeline: of a run whose adapters are all there.
@@ -88,7 +92,13 @@ class UnseenEvaluation:
         """Of the scores that every task has in the end."""
         fitted = [f"{name}.{seed}" for name in self.methods for seed in self.settings.seeds]
         made = [label for each in fitted for label in (each, f"{each}.gibberish")]
-        return (*self._references, *made)
+        wrong = [f"{self.judged}.{seed}.{kind}" for seed in self.settings.seeds for kind in WRONG]
+        return (*self._references, *dict.fromkeys([*made, *wrong]))
+
+    @property
+    def judged(self) -> str:
+        """The method that the others are compared with: the first."""
+        return next(iter(self.methods))
 
     @property
     def num_scores(self) -> int:
@@ -182,20 +192,28 @@ class UnseenEvaluation:
         for task in self.pipeline.tasks:
             if task.name in fitted.tasks.names:
                 continue
-            for told, suffix in ((task.name, ""), ("", ".gibberish")):
-                labels = [f"{name}.{seed}{suffix}" for name in variants]
+            for kind, words in self._tell(task).items():
+                told = [name for name in variants if kind in ("", "gibberish") or name == self.judged]
+                labels = [f"{name}.{seed}.{kind}".rstrip(".") for name in told]
                 paths = [folder / f"{task.name}.{label}.safetensors" for label in labels]
-                make = partial(_read_or_make, paths, fitted, self.unseen_vectors[told])
-                for label, path, method in zip(labels, paths, variants.values(), strict=True):
-                    prompt = method.prompt
-                    if prompt == "description" and not told:
-                        prompt = "gibberish"
-                    yield _Score(task, label, path, make, prompt)
+                make = partial(_read_or_make, paths, fitted, self.unseen_vectors[words])
+                for name, label, path in zip(told, labels, paths, strict=True):
+                    yield _Score(task, label, path, make, variants[name].prompt, words)
+
+    def _tell(self, task: AnyTask) -> dict[str, str]:
+        """Words that adapters for a task are made from: under `""` the true ones, and wrong ones."""
+        tasks, families = self.pipeline.tasks, self.pipeline.families
+        own = tasks.index(task)
+        turn = [(own + step) % len(tasks) for step in range(1, len(tasks))]
+        other = next(tasks[index] for index in turn if families[index] != families[own])
+        wrong = (GIBBERISH, CONSTANT, other.heldout_descriptions[0])
+        return {"": task.heldout_descriptions[0], **dict(zip(WRONG, wrong, strict=True))}
 
     def _write(self, score: "_Score", attachment: Attachment) -> None:
         vector = None if score.make is None else score.make().to(VECTOR_DTYPE)
         served = None if vector is None else vector.float()  # rounded as it would be served
-        tensors = {"score": self.suite.score(attachment, score.task, served, score.prompt)}
+        found = self.suite.score(attachment, score.task, served, score.prompt, score.words)
+        tensors = {"score": found}
         if vector is not None:
             tensors["vector"] = vector
         write_tensors(score.path, tensors)
@@ -216,18 +234,18 @@ class UnseenEvaluation:
 
     @cached_property
     def unseen_vectors(self) -> Mapping[str, Float[Tensor, " dim"]]:
-        """Task vector of each task's held-out wording, and of gibberish at `""`.
+        """Task vectors of all words that adapters are made from, by words.
 
         They are kept in the run's folder, so that scoring elsewhere needs no encoder.
         """
         recipe = self.pipeline.run.recipe
-        told = {task.name: task.heldout_descriptions[0] for task in self.pipeline.tasks}
-        told[""] = GIBBERISH
+        tasks = self.pipeline.tasks
+        told = [*(task.heldout_descriptions[0] for task in tasks), GIBBERISH, CONSTANT]
         digest = _digest([recipe.stage_digest("base", "encoder"), told])
         path = self.pipeline.run.root / "unseen" / f"task_vectors.{digest}.safetensors"
         if not path.exists():
             encoder = build_task_encoder(encoder_spec(recipe.encoder, recipe.base))
-            write_tensors(path, {"rows": encoder.encode([*told.values()])})
+            write_tensors(path, {"rows": encoder.encode(told)})
         return dict(zip(told, read_tensors(path)[0]["rows"], strict=True))
 
     def _find_folder(self, options: Mapping[str, Any]) -> Path:
@@ -240,13 +258,14 @@ class UnseenEvaluation:
 
 @dataclass(frozen=True)
 class _Score:
-    """A task under a label, where the score is kept, and what makes adapter or prompt."""
+    """A task under a label, where the score is kept, and what makes adapter and prompt."""
 
     task: AnyTask
     label: str
     path: Path
     make: Callable[[], Float[Tensor, " num_params"]] | None
     prompt: str | None = None
+    words: str | None = None
 
 
 @dataclass(frozen=True)

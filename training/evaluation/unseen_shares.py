@@ -11,6 +11,7 @@ from training.evaluation.headroom import (
 )
 from training.evaluation.outcomes import Outcomes, count_outcomes, judge_difference
 from training.evaluation.statistics import Interval
+from training.evaluation.unseen import WRONG
 from training.evaluation.unseen_suites import Score, UnseenSuite
 
 
@@ -25,6 +26,8 @@ class MethodShare:
         gibberish: the same of what it makes of gibberish; None for prompts.
         behind: mean share of the judged method minus this one's; None for itself.
         outcomes: wins, ties and losses of the judged method against this one, by task.
+        margins: steering margin of each task with headroom: its share, less that from the best
+            wrong words; None where only gibberish was tried.
     """
 
     name: str
@@ -33,6 +36,7 @@ class MethodShare:
     gibberish: MeanShare | None
     behind: Interval | None
     outcomes: Outcomes | None
+    margins: Mapping[str, float] | None = None
 
 
 def summarize_unseen(
@@ -70,11 +74,16 @@ def summarize_unseen(
     shares = {name: measure(labels) for name, labels in subjects.items()}
     results = []
     for name, labels in subjects.items():
-        gibberish = behind = outcomes = None
+        gibberish = behind = outcomes = margins = None
         if name in methods:
             told_nothing = measure([f"{label}.gibberish" for label in labels])
             gibberish = average_shares(told_nothing, families)
-        if name != methods[0]:
+        if name == methods[0]:
+            margins = _measure_margins(
+                shares[name],
+                [measure([f"{label}.{kind}" for label in labels]) for kind in WRONG],
+            )
+        else:
             behind = _compare_means(shares[methods[0]], shares[name], families)
             outcomes = count_outcomes(
                 [
@@ -87,12 +96,23 @@ def summarize_unseen(
             task: None if each.share is None else each.share.value
             for task, each in shares[name].items()
         }
-        results.append(MethodShare(name, share, tasks, gibberish, behind, outcomes))
+        results.append(MethodShare(name, share, tasks, gibberish, behind, outcomes, margins))
     return sorted(results, key=lambda result: -result.share.mean.value)
 
 
 def _take(scores: Mapping[str, Score], labels: Sequence[str]) -> list[Score]:
     return [scores[label] for label in labels]
+
+
+def _measure_margins(
+    true: Mapping[str, HeadroomShare], wrong: Sequence[Mapping[str, HeadroomShare]]
+) -> dict[str, float]:
+    margins = {}
+    for task, each in true.items():
+        if each.share is not None:
+            found = [other[task].share for other in wrong]
+            margins[task] = each.share.value - max(s.value for s in found if s is not None)
+    return margins
 
 
 def _compare_means(

@@ -19,7 +19,7 @@ from training.evaluation.average_precision import Matches, resample_ap, score_ca
 from training.evaluation.boxes import find_boxes
 from training.evaluation.headroom import HeadroomShare, measure_share, measure_text_share
 from training.evaluation.statistics import Interval, Resampled, resample_ratio
-from training.evaluation.text import GIBBERISH, sum_window_nll
+from training.evaluation.text import sum_window_nll
 from training.task_vectors import AnyTask
 from training.tasks.detection_task import DetectionData, DetectionTask
 from training.tasks.text import TextTask
@@ -54,6 +54,7 @@ class UnseenSuite(Protocol):
         task: AnyTask,
         vector: Float[Tensor, " num_params"] | None,
         prompt: str | None = None,
+        words: str | None = None,
     ) -> Score:
         """Scores a task with an adapter or the base alone, without or behind a prompt.
 
@@ -61,7 +62,8 @@ class UnseenSuite(Protocol):
             attachment: to the base, of the adapter.
             task: what is scored.
             vector: adapter; None for the base alone.
-            prompt: one of `prompts`, or `gibberish` in the place of a description.
+            prompt: one of `prompts`.
+            words: of the prompt `description`, the task's held-out ones where None.
         """
         ...
 
@@ -102,14 +104,13 @@ class TextSuite:
         task: AnyTask,
         vector: Float[Tensor, " num_params"] | None,
         prompt: str | None = None,
+        words: str | None = None,
     ) -> Float[Tensor, " windows"]:
         """NLL of every window."""
         assert isinstance(task, TextTask)
         prefix = None
         if prompt == "description":
-            prefix = prompt_with_description(self.base, task.heldout_descriptions[0])
-        elif prompt == "gibberish":
-            prefix = prompt_with_description(self.base, GIBBERISH)
+            prefix = prompt_with_description(self.base, words or task.heldout_descriptions[0])
         elif prompt == "examples":
             shots = task.train[:NUM_EXAMPLES]
             prefix = prompt_with_examples(self.base, shots, EXAMPLE_TOKENS)
@@ -167,12 +168,13 @@ class DetectionSuite:
         task: AnyTask,
         vector: Float[Tensor, " num_params"] | None,
         prompt: str | None = None,
+        words: str | None = None,
     ) -> Float[Tensor, " values"]:
         """AP50, and after it AP50 of each draw of instances."""
         assert isinstance(task, DetectionTask), "text tasks have no scenes"
         assert prompt is None, "there are no prompts to compare with"
-        words = (task.descriptions if vector is None else task.heldout_descriptions)[0]
-        found = find_boxes(self.base, attachment, vector, self._features, words)
+        asked = (task.descriptions if vector is None else task.heldout_descriptions)[0]
+        found = find_boxes(self.base, attachment, vector, self._features, asked)
         return keep_draws(score_category(found, self.data.test.objects, task.name).matches50)
 
     def measure_share(

@@ -20,6 +20,9 @@ MIN_TEXT_SHARE = 0.55
 MIN_EXAMPLES_SHARE = 0.75
 """Of the headroom, by words and eight examples."""
 
+MIN_STEERED = 0.8
+"""Of the tasks: the true words do better than any wrong ones."""
+
 BY_EXAMPLES = "examples"
 """Name of the prompt, and suffix of methods, that are shown examples."""
 
@@ -143,6 +146,14 @@ def list_unseen_targets(suite: str, found: UnseenResults) -> Iterator[tuple[str,
         "of all that use no examples" if suite == "text" else f"of {', '.join(SIMPLE)}",
         len(beaten) == len(rivals),
     )
+    if judged.margins is not None:
+        steered = sum(margin > 0 for margin in judged.margins.values())
+        yield (
+            f"unseen {suite}: steering margin above 0",
+            f"on {steered} of {len(judged.margins)} tasks",
+            f"at least {MIN_STEERED:.0%}",
+            steered >= MIN_STEERED * len(judged.margins),
+        )
     if judged.gibberish is not None:
         gibberish = judged.gibberish.mean.value
         yield (

@@ -21,8 +21,15 @@ from training.baselines import TrainingTasks
 from training.baselines.soup import Soup
 from training.cli import main
 from training.evaluation.average_precision import score_scenes
-from training.evaluation.text import sum_window_nll
-from training.evaluation.unseen import WAIT_SECONDS, Method, UnseenEvaluation, UnseenSettings
+from training.evaluation.steering import CONSTANT
+from training.evaluation.text import GIBBERISH, sum_window_nll
+from training.evaluation.unseen import (
+    WAIT_SECONDS,
+    WRONG,
+    Method,
+    UnseenEvaluation,
+    UnseenSettings,
+)
 from training.evaluation.unseen_shares import summarize_unseen
 from training.evaluation.unseen_suites import DetectionSuite, TextSuite, keep_draws
 from training.pipeline import Pipeline
@@ -148,16 +155,21 @@ def test_a_variant_behind_a_prompt_has_the_same_adapters(run: RunDir) -> None:
     attachment = Attachment(job.pipeline.base.model, job.pipeline.bases)
     task = job.pipeline.tasks[0]
     soup = job.training_tasks.without(task.name).own_adapters.mean(0).half().float()
-    for label, prompt in (
-        ("soup.0", None),
-        ("soup+examples.0", "examples"),
-        ("soup+examples.0.gibberish", "examples"),
-        ("soup+description.0", "description"),
-        ("soup+description.0.gibberish", "gibberish"),
+    other = next(each for each in job.pipeline.tasks if each.name != task.name)
+    for label, prompt, words in (
+        ("soup.0", None, None),
+        ("soup+examples.0", "examples", None),
+        ("soup+examples.0.gibberish", "examples", None),
+        ("soup+description.0", "description", task.heldout_descriptions[0]),
+        ("soup+description.0.gibberish", "description", GIBBERISH),
+        ("soup+description.0.constant", "description", CONSTANT),
+        ("soup+description.0.other", "description", other.heldout_descriptions[0]),
     ):
-        expected = job.suite.score(attachment, task, soup, prompt)
+        expected = job.suite.score(attachment, task, soup, prompt, words)
         torch.testing.assert_close(scores[task.name][label], expected)
-    assert not torch.allclose(expected, scores[task.name]["soup+description.0"])
+    told = [scores[task.name][label] for label in scores[task.name] if "+description" in label]
+    assert len({float(score.sum()) for score in told}) == len(told) == 4
+    assert "soup.0.constant" not in scores[task.name]  # the first method alone is told these
 
 
 def test_detection_tasks_are_scored_on_the_test_scenes(
@@ -169,7 +181,7 @@ def test_detection_tasks_are_scored_on_the_test_scenes(
     suite = DetectionSuite(pipeline.base, pipeline.detection)
     job = UnseenEvaluation(pipeline, {"soup": Method(lambda _: Soup())}, suite, SETTINGS)
     scores = job.score(lambda step, **_: None)
-    labels = {"base", "own.0", "soup.0", "soup.0.gibberish"}
+    labels = {"base", "own.0", "soup.0", *(f"soup.0.{kind}" for kind in WRONG)}
     assert {name: set(each) for name, each in scores.items()} == {"chair": labels, "sofa": labels}
     attachment = Attachment(pipeline.base.model, pipeline.bases)
     other = job.training_tasks.without("sofa").own_adapters[0].half().float()
@@ -231,6 +243,8 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
         "examples": own,
         "ours.0": own + 25,
         "ours.0.gibberish": base - 10,
+        "ours.0.constant": base,
+        "ours.0.other": own + 35,
         "soup.0": own + 60,
         "soup.0.gibberish": own + 60,
     }
@@ -245,6 +259,8 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
     assert ours.gibberish is not None
     assert ours.gibberish.mean.value == pytest.approx(0.1)
     assert (ours.behind, ours.outcomes) == (None, None)
+    assert ours.margins == pytest.approx({"a": 0.1, "b": 0.1})
+    assert soup.margins is None
     assert ours.tasks == pytest.approx({"a": 0.75, "b": 0.75})
     assert soup.behind is not None
     assert soup.behind.low == pytest.approx(0.35)

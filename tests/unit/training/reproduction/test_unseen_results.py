@@ -80,6 +80,16 @@ def test_a_method_that_is_shown_examples_has_a_target_of_its_own(results: Path) 
     assert verdicts["unseen text: significantly ahead"].measured == "of 1 of 2 methods"
 
 
+def test_margins_are_counted(results: Path) -> None:
+    path = results / UNSEEN_DIRS["text"] / "unseen.json"
+    body = json.loads(path.read_text())
+    body["results"][0]["margins"] = {"a": 0.1, "b": -0.1}
+    path.write_text(json.dumps(body))
+    verdicts = {v.name: v for v in check_committed(results, results)}
+    steered = verdicts["unseen text: steering margin above 0"]
+    assert (steered.passed, steered.measured) == (False, "on 1 of 2 tasks")
+
+
 def test_losses_name_who_is_ahead(results: Path) -> None:
     found = read_unseen("text", results)
     assert found is not None
