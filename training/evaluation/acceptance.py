@@ -1,4 +1,4 @@
-"""Which words a bundle takes for a task: accept rates of unseen wordings, and of gibberish.
+"""Which words a bundle takes for a task: accept rates and AUROC of unseen wordings and gibberish.
 
     python -m training.evaluation.acceptance --out training/results
 
@@ -14,16 +14,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from service.synthesis.novelty import THRESHOLD, draw_nonsense
 from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 from training.checkpoint import write_text
 from training.evaluation.report import describe_hardware
+from training.evaluation.statistics import measure_auroc
 
 WORDINGS = {
     "text-smollm2": "text_domains.toml",
     "detection-embedded": "detection_wordings.toml",
 }
 """The shipped bundles, and where their tasks' held-out wordings are."""
+
+MIN_AUROC = 0.95
+"""Target of gibberish, and of tasks of another modality."""
+
+MIN_FAMILY_AUROC = 0.8
+"""Target of tasks of unseen families, which are tasks all the same."""
 
 COUNT = 100
 """Texts of each kind of gibberish."""
@@ -59,17 +68,22 @@ class Acceptance:
     Attributes:
         kind: of words.
         wanted: whether they should be accepted; None: neither.
+        min_auroc: target of `auroc`; None: none.
         count: texts.
         accepted: of them.
         median: in-distribution score.
+        auroc: probability that one of the training tasks' held-out wordings scores above one of
+            these; None for themselves.
         example: one text.
     """
 
     kind: str
     wanted: bool | None
+    min_auroc: float | None
     count: int
     accepted: int
     median: float
+    auroc: float | None
     example: str
 
 
@@ -80,21 +94,40 @@ def measure_acceptance(synthesizer: Synthesizer, name: str, seed: int = 0) -> li
     other = [text for key in WORDINGS if key != name for text in read_wordings(WORDINGS[key])]
     words = sorted({word for text in own for word in text.split()})
     nonsense = draw_nonsense(2 * COUNT, seed=seed)  # of another seed than the calibration's
-    kinds: list[tuple[str, bool | None, list[str]]] = [
-        ("held-out wordings of the training tasks", True, own),
-        ("wordings of the other bundle's tasks", None, other),
-        ("random letters", False, nonsense[::2]),
-        ("digits and signs", False, nonsense[1::2]),
-        ("keys pressed at random, greetings, fragments", False, list(FRAGMENTS)),
-        ("the tasks' words in random order", None, [_shuffle(draw, words) for _ in range(COUNT)]),
+    shuffled = [_shuffle(draw, words) for _ in range(COUNT)]
+    kinds: list[tuple[str, bool | None, float | None, list[str]]] = [
+        ("held-out wordings of the training tasks", True, None, own),
+        ("wordings of the other bundle's tasks", None, MIN_AUROC, other),
+        ("random letters", False, MIN_AUROC, nonsense[::2]),
+        ("digits and signs", False, MIN_AUROC, nonsense[1::2]),
+        ("keys pressed at random, greetings, fragments", False, MIN_AUROC, list(FRAGMENTS)),
+        ("the tasks' words in random order", None, None, shuffled),
     ]
-    return [_measure(synthesizer, *kind) for kind in kinds]
+    if synthesizer.bundle.modality == "text":
+        families = read_unseen_families([task.name for task in synthesizer.bundle.tasks])
+        kinds.insert(2, ("wordings of tasks of unseen families", None, MIN_FAMILY_AUROC, families))
+    known = [synthesizer.score(text) for text in own]
+    return [_measure(synthesizer, known, *kind) for kind in kinds]
 
 
 def read_wordings(file: str) -> list[str]:
     """Held-out wordings of all tasks of a file in training/tasks."""
     document = tomllib.loads((_TASKS / file).read_text(encoding="utf-8"))
     return [text for task in document.values() for text in task["heldout_descriptions"]]
+
+
+def read_unseen_families(seen: Sequence[str]) -> list[str]:
+    """Held-out wordings of text tasks of families that no seen task belongs to.
+
+    Args:
+        seen: names of tasks, or of what a family was made from.
+    """
+    tables = tomllib.loads((_TASKS / "text_families.toml").read_text(encoding="utf-8"))
+    domains = tomllib.loads((_TASKS / WORDINGS["text-smollm2"]).read_text(encoding="utf-8"))
+    known = {*seen, *domains}
+    families = {t["family"] for name, t in tables.items() if {name, t["family"]} & known}
+    left = [table for table in tables.values() if table["family"] not in families]
+    return [text for table in left for text in table["heldout_descriptions"]]
 
 
 def render_table(synthesizer: Synthesizer, results: Sequence[Acceptance]) -> str:
@@ -105,12 +138,13 @@ def render_table(synthesizer: Synthesizer, results: Sequence[Acceptance]) -> str
         f"an in-distribution score of at least {THRESHOLD:g}, which 95% of the training tasks' "
         "own wordings reach when their task is left out.",
         "",
-        "| words | texts | accepted | median score | example |",
-        "|---|--:|--:|--:|---|",
+        "| words | texts | accepted | median score | AUROC | example |",
+        "|---|--:|--:|--:|--:|---|",
     ]
     lines.extend(
         f"| {each.kind} | {each.count} | {each.accepted / each.count:.1%} "
-        f"| {each.median:.3f} | `{each.example}` |"
+        f"| {each.median:.3f} | {'' if each.auroc is None else f'{each.auroc:.3f}'} "
+        f"| `{each.example}` |"
         for each in results
     )
     return "\n".join(lines) + "\n"
@@ -138,12 +172,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(
-    synthesizer: Synthesizer, kind: str, wanted: bool | None, texts: Sequence[str]
+    synthesizer: Synthesizer,
+    known: Sequence[float],
+    kind: str,
+    wanted: bool | None,
+    min_auroc: float | None,
+    texts: Sequence[str],
 ) -> Acceptance:
     scores = [synthesizer.score(text) for text in texts]
     accepted = sum(score >= THRESHOLD for score in scores)
     median = sorted(scores)[len(scores) // 2]
-    return Acceptance(kind, wanted, len(texts), accepted, median, texts[0])
+    auroc = None if wanted else measure_auroc(torch.tensor(known), torch.tensor(scores))
+    return Acceptance(kind, wanted, min_auroc, len(texts), accepted, median, auroc, texts[0])
 
 
 def _shuffle(draw: random.Random, words: Sequence[str]) -> str:

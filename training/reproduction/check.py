@@ -1,5 +1,6 @@
 """`icm-lora reproduce --check`: targets on the committed results, and a live random sample."""
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from training.reproduction.row_store import StoredRow, read_table
 from training.reproduction.tables import LABELS, compare
 from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_targets, read_unseen
 from training.reproduction.variants import RANKS, SWEEPS
-from training.shipped import RESULTS_DIR
+from training.shipped import RESULTS_DIR, SUITES
 
 AP50_TOLERANCE = 0.02
 """A live AP50 may differ so much from the committed one: processors round otherwise, and a box
@@ -45,12 +46,16 @@ class Verdict:
 
 
 def check_committed(results: Path = RESULTS_DIR, paper: Path = PAPER_DIR) -> list[Verdict]:
-    """Targets on committed results: seen tasks of both suites, ranks of Table 4, unseen tasks."""
+    """Targets on committed results.
+
+    Seen tasks of both suites, ranks of Table 4, unseen tasks, in-distribution scores.
+    """
     return [
         *_check_detection(results),
         *_check_text(results),
         *_check_ranks(paper),
         *_check_unseen(results),
+        *_check_in_distribution(results),
     ]
 
 
@@ -175,3 +180,20 @@ def _check_unseen(results: Path) -> Iterator[Verdict]:
             continue
         for target in list_unseen_targets(suite, found):
             yield Verdict(*target)
+
+
+def _check_in_distribution(results: Path) -> Iterator[Verdict]:
+    for suite, name in SUITES.items():
+        path = results / name / "acceptance.json"
+        if not path.exists():
+            job = "python -m training.evaluation.acceptance"
+            yield Verdict(f"in-distribution score, {suite}", "-", job, None)
+            continue
+        for kind in json.loads(path.read_text(encoding="utf-8"))["kinds"]:
+            if kind["min_auroc"] is not None:
+                yield Verdict(
+                    f"in-distribution score, {suite}: {kind['kind']}",
+                    f"AUROC {kind['auroc']:.3f}",
+                    f"at least {kind['min_auroc']:g}",
+                    kind["auroc"] >= kind["min_auroc"],
+                )

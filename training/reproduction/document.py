@@ -99,6 +99,7 @@ def render_document(results: Path, paper: Path, root: Path) -> str:
         picture = results / folder / "unseen.png"
         if picture.exists():
             parts.append(f"![Unseen tasks: {suite}]({_relate(picture, root)})")
+    parts += ["## In-distribution scores", *_render_acceptance(results)]
     for number, title in FIGURES.items():
         parts.append(f"## Figure {number}: {title}")
         picture = paper / f"figure-{number}.png"
@@ -197,6 +198,20 @@ def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:
         return
     yield from render_unseen(suite, found)
     yield from _render_losses([*list_unseen_losses(found.results)])
+
+
+def _render_acceptance(results: Path) -> Iterator[str]:
+    found = [results / name / "acceptance.md" for name in SUITES.values()]
+    found = [path for path in found if path.exists()]
+    if not found:
+        yield "Not measured yet: `python -m training.evaluation.acceptance` measures them."
+        return
+    yield (
+        "AUROC: the probability that a held-out wording of a training task scores above such words, "
+        "0.5 if the score cannot tell them apart."
+    )
+    for path in found:
+        yield path.read_text(encoding="utf-8").strip()
 
 
 def _render_losses(losses: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from training.evaluation.acceptance import (
     FRAGMENTS,
     WORDINGS,
     measure_acceptance,
+    read_unseen_families,
     read_wordings,
     render_table,
 )
@@ -29,12 +30,17 @@ def test_committed_rates_are_of_this_bundle_and_good_enough(name: str) -> None:
             assert rate >= 0.95, kind
         elif kind["wanted"] is False:
             assert rate <= 0.25, kind
+        if kind["min_auroc"] is not None:
+            assert kind["auroc"] >= kind["min_auroc"], kind
 
 
 def test_every_kind_is_measured(tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.evaluation.acceptance.COUNT", 3)
     results = measure_acceptance(tiny_bundle.synthesizer, "text-smollm2")
-    assert [each.count for each in results[2:]] == [3, 3, len(FRAGMENTS), 3]
+    assert [each.count for each in results[3:]] == [3, 3, len(FRAGMENTS), 3]
+    assert [each.auroc is None for each in results] == [True] + 6 * [False]
     assert results[0].count == len(read_wordings("text_domains.toml"))
+    assert results[2].count == len(read_unseen_families([])) > 40
+    assert results[2].example == read_unseen_families([])[0]
     table = render_table(tiny_bundle.synthesizer, results)
     assert table.count("\n") == 4 + len(results)
