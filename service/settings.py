@@ -291,7 +291,7 @@ class Settings(BaseSettings):
         float,
         Field(
             gt=0,
-            description="Time within which a completion must be done, else 504.",
+            description="Time within which a completion, or a refinement, must be done, else 504.",
             json_schema_extra=_unit("seconds"),
         ),
     ] = 60.0

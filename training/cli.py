@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["in_context", "soup", "top_k", "nearest", "pca_ridge"],
         metavar="METHOD",
-        help="the first is judged against the others; NAME+description or +examples: behind a prompt",
+        help="the first is judged; NAME+description, NAME+examples: adapters behind a prompt",
     )
     unseen.add_argument(
         "--windows", type=int, default=80, help="held-out windows per text task (80)"
@@ -171,6 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="FILE",
         help="--server: texts like those to write, instead of words or beside them",
+    )
+    generate.add_argument(
+        "--refine-steps", type=int, default=0, help="--example: gradient steps with the texts"
     )
     generate.add_argument("--out", type=Path, metavar="DIR", help="needed without --server")
     generate.add_argument("--bundle", type=Path, help="without --server: which generator")
@@ -374,7 +377,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         return generate_on_server(arguments)
     if arguments.out is None or arguments.json or arguments.out_of_distribution:
         raise InvalidInputError("name a folder with --out, or a service with --server")
-    if arguments.example is not None:
+    if arguments.example is not None or arguments.refine_steps:
         raise InvalidInputError("examples are read by a service: name one with --server")
     if arguments.task is None:
         raise InvalidInputError("describe the task in words")

@@ -271,9 +271,7 @@ class Pipeline:
             yield ThroughBase(
                 self.base,
                 attachment,
-                cache(
-                    lambda name: self._build_loss(tasks[name], seed, behind_description=behind)
-                ),
+                cache(lambda name: self._build_loss(tasks[name], seed, behind_description=behind)),
                 self.run.recipe.finetune.num_windows,
                 batch_size,
             )

@@ -233,7 +233,9 @@ class Recipe(_Section):
         if is_detection and self.examples is not None:
             raise ValueError("[examples] goes with tasks of text")
         if is_detection and self.functional is not None and self.functional.behind_description:
-            raise ValueError("behind_description goes with tasks of text: detection reads its words")
+            raise ValueError(
+                "behind_description goes with tasks of text: detection reads its words"
+            )
         return self
 
     @model_validator(mode="after")

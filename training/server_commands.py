@@ -116,6 +116,8 @@ def generate_on_server(arguments: argparse.Namespace) -> int:
         options |= {"seed": arguments.seed, "temperature": arguments.temperature}
     if arguments.out_of_distribution is not None:
         options["out_of_distribution"] = arguments.out_of_distribution
+    if arguments.refine_steps:
+        options["refine_steps"] = arguments.refine_steps
     if arguments.task is None and arguments.example is None:
         raise InvalidInputError("describe the task in words, or name files with --example")
     examples = None if arguments.example is None else _read_texts(arguments.example)
@@ -129,6 +131,12 @@ def generate_on_server(arguments: argparse.Namespace) -> int:
         f"{adapter.modality}, cache {adapter.cache}, {adapter.milliseconds['total']:.1f} ms",
         f"nearest: {nearest}; in-distribution score {adapter.in_distribution or 0:.3f}",
     ]
+    refined = adapter.refinement
+    if refined is not None:
+        lines.append(
+            f"refined in {refined.steps} steps: examples {refined.loss_before:.3f} to "
+            f"{refined.loss_after:.3f} nats a token"
+        )
     if arguments.out is not None:
         lines.append(f"PEFT directory in {arguments.out}")
     _print_result(arguments, adapter, "\n".join(lines))

@@ -20,6 +20,7 @@ from service.errors import (
     NotReadyError,
 )
 from service.synthesis.example_tasks import ExampleTexts
+from service.synthesis.refinement import Refined, Refinement
 from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, Examples, Synthesizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ Reservation = Callable[[str, str, int], AbstractContextManager[None]]
 
 ReadTexts = Callable[[ExampleTexts], Awaitable["Tensor"]]
 """What the base makes of example texts: the mean of their hidden states."""
+
+Refine = Callable[[Refinement, ExampleTexts, int], Awaitable[Refined]]
+"""Takes gradient steps with example texts."""
 
 SentExamples = ExampleTexts | Sequence["Image"]
 """Examples of a task as they were sent: texts or images."""
@@ -63,7 +67,8 @@ class Provided:
             it was known to be down. Without a configured Redis nothing is degraded.
         seconds: duration by stage: `lookup`, `read_examples` (texts, by the base), `queue` (for the
             synthesis thread), those of the synthesizer (`encode`, `decode`), `store`; `wait` for
-            another request or process.
+            another request or process; `refine`.
+        refined: what refinement came to, where this request did it.
     """
 
     record: AdapterRecord
@@ -71,6 +76,7 @@ class Provided:
     tier: CacheTier | None
     degraded: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
+    refined: Refined | None = None
 
 
 class AdapterProvider:
@@ -91,6 +97,7 @@ class AdapterProvider:
         on_batch: told the size of every batch, on the event loop.
         reserve_bytes: holds room for what may enter this process; raises where there is none.
         read_texts: reads example texts, for bundles that take them.
+        refine: refines adapters with them.
     """
 
     def __init__(
@@ -103,7 +110,10 @@ class AdapterProvider:
         on_batch: Callable[[int], None] | None = None,
         reserve_bytes: Reservation = lambda tenant, adapter_id, size_bytes: nullcontext(),
         read_texts: ReadTexts | None = None,
+        refine: Refine | None = None,
     ) -> None:
+        self._synthesizer = synthesizer
+        self._refine = refine
         self._layout = synthesizer.bundle.layout
         self._reserve_bytes = reserve_bytes
         self._read_texts = read_texts
@@ -282,7 +292,7 @@ class AdapterProvider:
                 token = turn.token
                 outcome = "degraded" if turn.degraded else "miss"
         try:
-            record = await self._synthesize(recipe, examples, seconds)
+            record, refined = await self._synthesize(recipe, keep, examples, seconds)
             not_stored = False
             if keep == "all" or is_in_distribution(record):
                 start = time.perf_counter()
@@ -291,14 +301,16 @@ class AdapterProvider:
         finally:
             if token is not None:
                 await self._cache.release(recipe.adapter_id, token)
-        return Provided(record, outcome, None, not_stored or outcome == "degraded", seconds)
+        degraded = not_stored or outcome == "degraded"
+        return Provided(record, outcome, None, degraded, seconds, refined)
 
     async def _synthesize(
         self,
         recipe: AdapterRecipe,
+        keep: KeepPolicy,
         examples: SentExamples | None,
         seconds: dict[str, float],
-    ) -> AdapterRecord:
+    ) -> tuple[AdapterRecord, Refined | None]:
         read: Examples | None
         if isinstance(examples, ExampleTexts):
             assert self._read_texts is not None, "the bundle takes no example texts"
@@ -310,8 +322,20 @@ class AdapterProvider:
         adapter = await self._batches.synthesize(recipe, read)
         seconds.update(adapter.seconds)
         record = AdapterRecord.from_synthesized(adapter, self._layout)
+        refined = None
+        if recipe.refine_steps and (keep == "all" or is_in_distribution(record)):
+            assert isinstance(examples, ExampleTexts), "the recipe says that there are some"
+            assert self._refine is not None, "the bundle takes no example texts"
+            assert read is not None, "they were read"
+            start = time.perf_counter()
+            run = self._cache.computations.run
+            steps = await run(self._synthesizer.open_refinement, recipe, read)
+            refined = await self._refine(steps, examples, recipe.refine_steps)
+            adapter = self._synthesizer.take_refined(adapter, refined)
+            record = AdapterRecord.from_synthesized(adapter, self._layout)
+            seconds["refine"] = time.perf_counter() - start
         await self._cache.check(record)
-        return record
+        return record, refined
 
 
 def _since(start: float) -> dict[str, float]:

@@ -14,8 +14,10 @@ from service.api.schemas import (
     NearestTaskInfo,
     Receipt,
     RecipeInfo,
+    RefinementInfo,
 )
 from service.synthesis.bundle import Bundle
+from service.synthesis.refinement import Refined
 from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
 
 MAX_NEAREST_TASKS = 5
@@ -70,6 +72,7 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
             seed=recipe.seed,
             temperature=recipe.temperature,
             strength=recipe.strength,
+            refine_steps=recipe.refine_steps,
         ),
         regenerable=record.regenerable,
         bundle=build_bundle_info(bundle),
@@ -85,6 +88,15 @@ def build_adapter_info(record: AdapterRecord, service: AnyService) -> AdapterInf
             for task in record.nearest[:MAX_NEAREST_TASKS]
         ],
         in_distribution=record.in_distribution,
+    )
+
+
+def build_refinement_info(refined: Refined | None) -> RefinementInfo | None:
+    """What the steps came to."""
+    if refined is None:
+        return None
+    return RefinementInfo(
+        steps=refined.steps, loss_before=refined.loss_before, loss_after=refined.loss_after
     )
 
 

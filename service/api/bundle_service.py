@@ -157,7 +157,7 @@ class BundleService(Generic[EngineT, RequestT, AnswerT]):
             return TaskAnswer(None, seconds, decision)
         if decision.kind == "nearest":
             words = self.synthesizer.describe_task(decision.nearest.name)
-            recipe = replace(recipe, task=words, examples="")
+            recipe = replace(recipe, task=words, examples="", refine_steps=0)
             provided, again = await self.provide(recipe, policy, ttl_seconds)
             stages = {**seconds, **again}
             seconds = {each: seconds.get(each, 0.0) + again.get(each, 0.0) for each in stages}

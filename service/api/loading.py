@@ -27,6 +27,7 @@ from service.inference.detection import DetectionEngine
 from service.inference.engine import AnswerT, Engine, RequestT
 from service.inference.example_reader import ExampleReader
 from service.inference.probe import capture_probe
+from service.inference.refiner import Refiner
 from service.inference.scheduler import Scheduler
 from service.inference.text import TextEngine
 from service.logs import quiet_transformers
@@ -177,14 +178,18 @@ def _start_service(
         modality, engine, settings, metrics, aliases, model_name
     )
     reader: ExampleReader | None = None
+    refiner: Refiner | None = None
     if bundle.examples is not None and isinstance(engine, TextEngine):
-        reader = ExampleReader(engine, scheduler.run_between_steps)
+        between, deadline = scheduler.run_between_steps, settings.request_deadline_seconds
+        reader = ExampleReader(engine, between)
+        refiner = Refiner(engine, between, cache.computations, deadline)
     provider = AdapterProvider(
         models.synthesizer,
         cache,
         on_batch=metrics.on_generation_batch,
         reserve_bytes=quotas.reserve_bytes,
         read_texts=None if reader is None else reader.read,
+        refine=None if refiner is None else refiner.refine,
     )
     return BundleService(
         modality,

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 
 from service.adapters.distribution import OutOfDistribution
 from service.synthesis.example_tasks import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLE_TEXTS
+from service.synthesis.refinement import MAX_REFINE_STEPS
 from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 BASE_ADAPTER_ID = "base"
@@ -71,7 +72,7 @@ class GenerateRequest(RequestModel):
                 {"task": EXAMPLE_TASK},
                 {"task": EXAMPLE_TASK, "mode": "sample", "seed": 7, "ttl_seconds": 3600},
                 {"task": EXAMPLE_DETECTION, "modality": "detection"},
-                {"examples": [_EXAMPLE_TEXT], "modality": "text"},
+                {"examples": [_EXAMPLE_TEXT], "modality": "text", "refine_steps": 2},
                 {"images": [_EXAMPLE_IMAGE]},
             ]
         }
@@ -117,6 +118,16 @@ class GenerateRequest(RequestModel):
     strength: Annotated[
         float, Field(gt=0, le=MAX_STRENGTH, description="Scale of the adapter's update.")
     ] = 1.0
+    refine_steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_REFINE_STEPS,
+            description="Gradient steps with `examples`, on the few numbers from which the "
+            "decoder makes the adapter: so that the base predicts the examples better. A step "
+            "takes a second or two on two CPU cores; running requests go on meanwhile.",
+        ),
+    ] = 0
     ttl_seconds: Annotated[
         int | None,
         Field(ge=1, le=MAX_TTL_SECONDS, description="Time in the cache; default: the service's."),
@@ -137,6 +148,8 @@ class GenerateRequest(RequestModel):
             raise ValueError("leave out `task` and `examples`: `images` stand alone")
         if self.task is None and self.examples is None and self.images is None:
             raise ValueError("give a `task`, `examples`, both, or `images`")
+        if self.refine_steps and self.examples is None:
+            raise ValueError("give `examples` to refine with, or leave out `refine_steps`")
         return self
 
 

@@ -55,6 +55,19 @@ class RecipeInfo(BaseModel):
     seed: int
     temperature: float
     strength: float
+    refine_steps: Annotated[int, Field(description="Gradient steps with the example texts.")]
+
+
+class RefinementInfo(BaseModel):
+    """What gradient steps with the examples came to; their time is the stage `refine`."""
+
+    steps: int
+    loss_before: Annotated[
+        float, Field(description="Nats a token of the examples with the adapter as generated.")
+    ]
+    loss_after: Annotated[
+        float, Field(description="The same with this adapter; never more than before.")
+    ]
 
 
 class AdapterInfo(BaseModel):
@@ -99,6 +112,10 @@ class GenerateResponse(AdapterInfo):
     ]
     degraded: Annotated[
         list[str], Field(description="Components that are lost; the answer is right without them.")
+    ]
+    refinement: Annotated[
+        RefinementInfo | None,
+        Field(description="Null where this request refined nothing, also where a cache had it."),
     ]
     slot: Annotated[
         int | None,

@@ -37,6 +37,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int
     temperature: float
     strength: float
+    refine_steps: int
     ttl_seconds: int
     cache: Literal["use", "bypass", "only"]
     out_of_distribution: Literal["reject", "nearest", "base", "generate"]

@@ -60,6 +60,14 @@ class UploadedAdapter(Adapter):
     degraded: tuple[str, ...] = ()
 
 
+class Refinement(Result):
+    """What gradient steps with examples came to, in nats a token of the examples."""
+
+    steps: int
+    loss_before: float
+    loss_after: float
+
+
 class GeneratedAdapter(Adapter):
     """An adapter that is ready to answer; `slot` is None where running requests held them all."""
 
@@ -71,6 +79,7 @@ class GeneratedAdapter(Adapter):
     decision: str | None = None
     similarity: float | None = None
     threshold: float | None = None
+    refinement: Refinement | None = None
 
 
 class AdapterPage(Result):

@@ -66,10 +66,10 @@ class ExampleReader:
         texts = [tokenizer(text)["input_ids"][:MAX_EXAMPLE_TOKENS] for text in examples.texts]
         if not all(texts):
             raise InvalidInputError("an example is empty to the base model: leave it out")
-        return list(_group(sorted(texts, key=len), self._engine.prefill_tokens))
+        return list(group_texts(sorted(texts, key=len), self._engine.prefill_tokens))
 
 
-def _group(texts: list[list[int]], max_tokens: int) -> Iterable[list[list[int]]]:
+def group_texts(texts: list[list[int]], max_tokens: int) -> Iterable[list[list[int]]]:
     """Neighbours of a list of rising lengths, up to so many tokens with padding; at least one."""
     group: list[list[int]] = []
     for text in texts:

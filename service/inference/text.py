@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
 from service.adapters.slot_bank import SlotLease
@@ -29,6 +30,9 @@ __all__ = ["Completion", "CompletionRequest", "Result", "TextEngine"]
 
 Result = Completion | IcmLoraError
 """What becomes of a request."""
+
+_IGNORED = -100
+"""No token: where nothing is to be predicted."""
 
 TextTicket = Ticket[CompletionRequest, Completion]
 
@@ -143,14 +147,50 @@ class TextEngine(AdapterHost[CompletionRequest, Completion]):
         Args:
             texts: tokens of each, at least one.
         """
-        width, pad_id = max(len(text) for text in texts), self._tokenizer.pad_token_id
-        ids = [[*text, *[pad_id] * (width - len(text))] for text in texts]
         self._attachment.rows.vectors = None  # every forward of the batch sets its own
         hidden = self._base.model.base_model(
-            input_ids=torch.tensor(ids, device=self._base.device), use_cache=False
+            input_ids=self._pad(texts), use_cache=False
         ).last_hidden_state  # [texts, tokens, hidden]
         last = torch.tensor([len(text) - 1 for text in texts], device=hidden.device)
         return hidden[torch.arange(len(texts), device=hidden.device), last].float().cpu()  # type: ignore[no-any-return]
+
+    def measure_gradient(
+        self, vector: Float[Tensor, " num_params"], texts: Sequence[Sequence[int]]
+    ) -> tuple[float, Float[Tensor, " num_params"]]:
+        """Summed NLL in nats of texts' tokens but the first of each, and its gradient.
+
+        For the inference thread, between two steps. The base stays as it is.
+
+        Args:
+            vector: adapter, float32; the gradient is with respect to it.
+            texts: tokens of each, at least two.
+        """
+        ids = self._pad(texts)
+        lengths = torch.tensor([[len(text)] for text in texts], device=ids.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        wanted = ids.masked_fill(places >= lengths, _IGNORED)
+        adapter = vector.detach().to(ids.device, self._vectors_dtype).requires_grad_()
+        rows = self._attachment.rows
+        try:
+            with torch.enable_grad():
+                rows.vectors = adapter[None]
+                logits = self._base.model(input_ids=ids, use_cache=False).logits[:, :-1]
+                nats = functional.cross_entropy(
+                    logits.flatten(0, 1).float(),
+                    wanted[:, 1:].flatten(),
+                    ignore_index=_IGNORED,
+                    reduction="sum",
+                )
+            (gradient,) = torch.autograd.grad(nats, adapter)
+        finally:
+            rows.vectors = None  # every forward of the batch sets its own
+        return float(nats.detach()), gradient.float().cpu()
+
+    def _pad(self, texts: Sequence[Sequence[int]]) -> Int[Tensor, "texts tokens"]:
+        """Texts padded on the right, where no token of theirs looks."""
+        width, pad_id = max(len(text) for text in texts), self._tokenizer.pad_token_id
+        ids = [[*text, *[pad_id] * (width - len(text))] for text in texts]
+        return torch.tensor(ids, device=self._base.device)
 
     def abort(self) -> None:
         """Lets go of all rows; their tickets are not resolved."""

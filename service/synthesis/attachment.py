@@ -255,10 +255,10 @@ class DecodeGroup:
         if module.position > 0:
             return self._joint.take(module.position, x, version)
         self._joint.drop()
+        if torch.is_grad_enabled():
+            return None
         cores, size = self._cores.get(self._number), x.shape
         if cores is None or len(size) != 3 or size[0] != cores.shape[0]:
-            return None
-        if torch.is_grad_enabled():
             return None
         flat = x.reshape(-1, size[2]).to(self._few_dtype)
         hidden = torch.mm(flat, self._down)  # [rows * tokens, n * r]

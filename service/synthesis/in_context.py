@@ -80,7 +80,15 @@ class InContextDecoder(TokenDecoder):
             condition: task vectors.
             hidden: training tasks that must not be looked at, per row; at least one must be left.
         """
-        weights = self.weigh_tasks(condition, hidden)
+        return self.decode_task(z, self.weigh_tasks(condition, hidden))
+
+    def read_task(self, condition: Float[Tensor, "batch cond"]) -> Float[Tensor, "batch tasks"]:
+        """What task vectors mean to the decoder: weights of the training tasks."""
+        return self.weigh_tasks(condition)
+
+    def decode_task(self, z: Tensor, task: Float[Tensor, "batch tasks"]) -> Tensor:
+        """Normalised adapter vectors of the weights of training tasks."""
+        weights = task
         soup = weights @ self.adapters
         context = self.stem(self.tokens.cut(soup))  # [batch, tokens, width]
         told = torch.cat([weights @ self.keys, context.mean(1)], dim=1)

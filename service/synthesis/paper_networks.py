@@ -61,9 +61,17 @@ class PaperDecoder(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
+    def read_task(self, condition: Tensor) -> Tensor:
+        """What task vectors mean to the decoder: themselves."""
+        return condition
+
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Normalised adapter vectors `[batch, num_params]`."""
-        h: Tensor = self.stem(torch.cat([z, condition], dim=1))
+        return self.decode_task(z, condition)
+
+    def decode_task(self, z: Tensor, task: Tensor) -> Tensor:
+        """The same."""
+        h: Tensor = self.stem(torch.cat([z, task], dim=1))
         h = h.view(z.shape[0], self.start_channels, -1)
         for index, layer in enumerate(self.layers):
             h = layer(functional.leaky_relu(h, SLOPE))

@@ -69,7 +69,7 @@ class _TokenRows:
 
     def __call__(self, z: Tensor, condition: Tensor) -> Tensor:
         decoder = self._decoder
-        c = _by_row(decoder.read_condition, z, condition)
+        c = _by_row(decoder.read_condition, z, _by_row(decoder.read_task, condition))
         films = _by_row(self._modulate, c).view(len(z), len(self._layers), 2, 1, -1)
         h = decoder.positions().expand(len(z), -1, -1)  # [batch, tokens, width]
         for (layer, convolve), (gain, shift) in zip(
@@ -83,9 +83,9 @@ class _TokenRows:
 def _convolve(
     conv: nn.Conv1d, kernel: PackedWeight, h: Float[Tensor, "1 tokens width"]
 ) -> Float[Tensor, "1 tokens width"]:
-    """As `conv`, over tokens."""
-    (taps,), (padding,) = conv.kernel_size, conv.padding
-    windows = functional.pad(h, (0, 0, padding, padding)).unfold(1, taps, 1).mT.flatten(2)
+    """As `conv`, whose output is as long as its input, over tokens."""
+    (taps,) = conv.kernel_size
+    windows = functional.pad(h, (0, 0, taps // 2, taps // 2)).unfold(1, taps, 1).mT.flatten(2)
     return kernel.multiply(windows, conv.bias)  # windows: [1, tokens, taps * width]
 
 

@@ -7,7 +7,7 @@ import math
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from service.synthesis.example_tasks import (
 )
 from service.synthesis.image_encoder import ImageEncoder, build_image_encoder
 from service.synthesis.novelty import NoveltyScale, draw_nonsense
+from service.synthesis.refinement import MAX_REFINE_STEPS, Refined, Refinement
 from service.synthesis.row_decoding import RowDecoder
 from service.synthesis.task_encoder import TaskEncoder, build_task_encoder
 
@@ -65,6 +66,7 @@ class RecipeOptions(TypedDict):
     seed: NotRequired[int]
     temperature: NotRequired[float]
     strength: NotRequired[float]
+    refine_steps: NotRequired[int]
     tenant: NotRequired[str]
 
 
@@ -82,6 +84,8 @@ class AdapterRecipe:
         bundle_digest: generator that makes it.
         examples: sha256 of the examples that describe the task: images instead of words, which
             are then empty; texts instead of words or beside them. Empty for a task in words.
+        refine_steps: gradient steps on the decoder's code with the example texts
+            (`service.synthesis.refinement`).
     """
 
     tenant: str
@@ -92,6 +96,7 @@ class AdapterRecipe:
     strength: float
     bundle_digest: str
     examples: str = ""
+    refine_steps: int = 0
 
     @classmethod
     def build(cls, *, task: str, **options: Unpack[RecipeOptions]) -> "AdapterRecipe":
@@ -138,6 +143,7 @@ class AdapterRecipe:
         seed: int = 0,
         temperature: float = 1.0,
         strength: float = 1.0,
+        refine_steps: int = 0,
         tenant: str = "public",
     ) -> "AdapterRecipe":
         if mode not in set(GenerationMode):
@@ -148,6 +154,10 @@ class AdapterRecipe:
             raise InvalidInputError("temperature must be greater than 0 and at most 2")
         if not (math.isfinite(strength) and 0 < strength <= 4):
             raise InvalidInputError("strength must be greater than 0 and at most 4")
+        if not 0 <= refine_steps <= MAX_REFINE_STEPS:
+            raise InvalidInputError(f"refine_steps must be between 0 and {MAX_REFINE_STEPS}")
+        if refine_steps and not examples:
+            raise InvalidInputError("refine_steps needs example texts")
         sampled = mode == GenerationMode.SAMPLE
         return cls(
             tenant=tenant,
@@ -158,6 +168,7 @@ class AdapterRecipe:
             strength=float(strength),
             bundle_digest=bundle_digest,
             examples=examples,
+            refine_steps=refine_steps,
         )
 
     @cached_property
@@ -167,10 +178,11 @@ class AdapterRecipe:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionary; `examples` only where there are some."""
+        """Plain dictionary; `examples` and `refine_steps` only where there are some."""
         body = asdict(self)
-        if not self.examples:
-            del body["examples"]
+        for name in ("examples", "refine_steps"):
+            if not body[name]:
+                del body[name]
         return body
 
     @classmethod
@@ -380,6 +392,30 @@ class Synthesizer:
         if not torch.isfinite(vector).all():
             return InvalidAdapterError("the generated adapter is not finite: lower the strength")
         return SynthesizedAdapter(recipe, vector, self._rank_tasks(task_vector), score, seconds)
+
+    def open_refinement(self, recipe: AdapterRecipe, examples: Examples) -> Refinement:
+        """The steps of a recipe's adapter, which begin where `synthesize` ends; blocking.
+
+        Raises: as `synthesize`.
+        """
+        task_vector, _ = self._read_task(recipe, examples)
+        return Refinement(
+            self.bundle.decoder,
+            self.bundle.normalizer,
+            self._draw_z(recipe).to(self._device),
+            task_vector.to(self._device),
+        )
+
+    def take_refined(self, adapter: SynthesizedAdapter, refined: Refined) -> SynthesizedAdapter:
+        """An adapter with the values that its refinement came to.
+
+        Raises:
+            InvalidAdapterError: they are not finite in float16.
+        """
+        vector = self._scale(refined.vector, adapter.recipe.strength).to(VECTOR_DTYPE)
+        if not torch.isfinite(vector).all():
+            raise InvalidAdapterError("the refined adapter is not finite: ask for fewer steps")
+        return replace(adapter, vector=vector)
 
     def score(self, task: str) -> float:
         """The in-distribution score of a description, 0 to 1.

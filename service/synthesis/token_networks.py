@@ -185,15 +185,24 @@ class TokenDecoder(nn.Module):
         """As `TaskAttention.set_keys`."""
         self.task.set_keys(prototypes)
 
-    def read_condition(self, z: Tensor, condition: Tensor) -> Float[Tensor, "batch width"]:
+    def read_task(self, condition: Tensor) -> Float[Tensor, "batch width"]:
+        """What task vectors mean to the decoder: `task(v)`."""
+        read: Tensor = self.task(condition)
+        return read
+
+    def read_condition(self, z: Tensor, task: Tensor) -> Float[Tensor, "batch width"]:
         """What modulates every layer: `[z; task(v)]` through a small MLP."""
-        c: Tensor = self.condition(torch.cat([z, self.task(condition)], dim=1))
+        c: Tensor = self.condition(torch.cat([z, task], dim=1))
         return c
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Normalised adapter vectors `[batch, num_params]`; serving: `row_decoding`."""
-        c = self.read_condition(z, condition)
-        return self.decode_tokens(self.positions().expand(z.shape[0], -1, -1), c)
+        return self.decode_task(z, self.read_task(condition))
+
+    def decode_task(self, z: Tensor, task: Float[Tensor, "batch width"]) -> Tensor:
+        """The same, of what `read_task` gives."""
+        positions = self.positions().expand(z.shape[0], -1, -1)
+        return self.decode_tokens(positions, self.read_condition(z, task))
 
     def decode_tokens(
         self, h: Float[Tensor, "batch tokens width"], c: Float[Tensor, "batch width"]

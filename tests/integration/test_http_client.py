@@ -66,6 +66,10 @@ def test_examples_describe_a_task_with_words_or_without(client: Client) -> None:
     assert both.recipe is not None
     assert alone.recipe["examples"] == both.recipe["examples"] != ""
     assert alone.adapter_id != both.adapter_id
+    assert alone.refinement is None
+    refined = client.generate(examples=texts, refine_steps=1)
+    assert refined.refinement is not None
+    assert refined.refinement.steps == 1
     with pytest.raises(ApiError, match=r"body\.examples") as caught:
         client.generate(examples=[])
     assert (caught.value.status, caught.value.code) == (422, "invalid_request")

@@ -136,6 +136,39 @@ def test_an_adapter_by_example_answers_and_can_be_named(client: httpx2.Client) -
     assert found["recipe"] == adapter["recipe"]
 
 
+def test_examples_refine_the_adapter_within_what_is_asked_for(client: httpx2.Client) -> None:
+    plain = generate(client, examples=TEXTS)
+    assert (plain["refinement"], plain["recipe"]["refine_steps"]) == (None, 0)
+    refined = generate(client, examples=TEXTS, refine_steps=3)
+    assert refined["adapter_id"] != plain["adapter_id"]
+    assert (refined["refinement"]["steps"], refined["recipe"]["refine_steps"]) == (3, 3)
+    assert refined["refinement"]["loss_after"] <= refined["refinement"]["loss_before"]
+    assert refined["milliseconds"]["total"] > refined["milliseconds"]["refine"] > 0
+    again = generate(client, examples=TEXTS, refine_steps=3)
+    assert (again["cache"], again["refinement"]) == ("hit", None)
+    anew = generate(client, examples=TEXTS, refine_steps=3, cache="bypass")
+    assert anew["vector_sha256"] == again["vector_sha256"] == refined["vector_sha256"]
+    more = generate(client, examples=TEXTS, refine_steps=16)
+    assert more["refinement"]["loss_after"] < more["refinement"]["loss_before"]
+    assert more["vector_sha256"] != plain["vector_sha256"]
+    found = client.get(f"/v1/adapters/{refined['adapter_id']}").json()
+    assert found["recipe"] == refined["recipe"]
+    stages_seen = client.get("/metrics").text
+    assert 'icm_lora_generation_stage_seconds_count{stage="refine"}' in stages_seen
+
+
+def test_what_is_rejected_is_not_refined(client: httpx2.Client) -> None:
+    fields = {"examples": ["%&$ 17"] * 2, "refine_steps": 16, "cache": "bypass"}
+    refined = 'icm_lora_generation_stage_seconds_count{stage="refine"}'
+    before = [line for line in client.get("/metrics").text.splitlines() if refined in line]
+    status, code, _ = refuse(client, **fields, out_of_distribution="reject")
+    assert (status, code) == (422, "out_of_distribution")
+    after = [line for line in client.get("/metrics").text.splitlines() if refined in line]
+    assert before == after
+    nearest = generate(client, **fields, out_of_distribution="nearest")
+    assert (nearest["decision"], nearest["recipe"]["refine_steps"]) == ("nearest", 0)
+
+
 def test_examples_unlike_any_task_are_decided_about(client: httpx2.Client) -> None:
     status, code, detail = refuse(
         client, examples=["%&$ 17"], out_of_distribution="reject", cache="bypass"
@@ -154,6 +187,9 @@ def test_examples_unlike_any_task_are_decided_about(client: httpx2.Client) -> No
         ({"examples": ["x" * 4_001]}, "invalid_request", ""),
         ({"examples": "x"}, "invalid_request", ""),
         ({"examples": ["x"], "images": ["aGk="]}, "invalid_request", ""),
+        ({"task": RECIPE, "refine_steps": 1}, "invalid_request", ""),
+        ({"examples": ["x"], "refine_steps": 17}, "invalid_request", ""),
+        ({"examples": ["x"], "refine_steps": 1}, "invalid_input", "too short to refine on"),
         ({"examples": ["x", " \n"]}, "invalid_input", "examples[1] is empty"),
         ({"examples": ["x"], "task": " "}, "invalid_input", "description is empty"),
         (

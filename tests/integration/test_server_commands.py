@@ -57,6 +57,10 @@ def test_adapter_from_files_of_examples(
     assert alone["recipe"]["examples"] == both["recipe"]["examples"] != ""
     assert alone["vector_sha256"] != both["vector_sha256"]
     assert not alone["regenerable"]
+    said = run(capsys, *command[:3], *command[4:], "--refine-steps", "2")
+    assert "refined in 2 steps: examples " in said
+    assert main(["generate", RECIPE, "--refine-steps", "2", "--out", str(tmp_path / "x")]) == 1
+    assert "read by a service" in capsys.readouterr().err
 
 
 def test_prompt_is_answered_and_the_answerer_named(

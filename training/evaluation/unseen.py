@@ -193,7 +193,9 @@ class UnseenEvaluation:
             if task.name in fitted.tasks.names:
                 continue
             for kind, words in self._tell(task).items():
-                told = [name for name in variants if kind in ("", "gibberish") or name == self.judged]
+                told = [
+                    name for name in variants if kind in ("", "gibberish") or name == self.judged
+                ]
                 labels = [f"{name}.{seed}.{kind}".rstrip(".") for name in told]
                 paths = [folder / f"{task.name}.{label}.safetensors" for label in labels]
                 make = partial(_read_or_make, paths, fitted, self.unseen_vectors[words])
@@ -201,7 +203,7 @@ class UnseenEvaluation:
                     yield _Score(task, label, path, make, variants[name].prompt, words)
 
     def _tell(self, task: AnyTask) -> dict[str, str]:
-        """Words that adapters for a task are made from: under `""` the true ones, and wrong ones."""
+        """Words that a task's adapters are made from: under `""` the true ones, then wrong ones."""
         tasks, families = self.pipeline.tasks, self.pipeline.families
         own = tasks.index(task)
         turn = [(own + step) % len(tasks) for step in range(1, len(tasks))]

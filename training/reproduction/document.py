@@ -207,8 +207,8 @@ def _render_acceptance(results: Path) -> Iterator[str]:
         yield "Not measured yet: `python -m training.evaluation.acceptance` measures them."
         return
     yield (
-        "AUROC: the probability that a held-out wording of a training task scores above such words, "
-        "0.5 if the score cannot tell them apart."
+        "AUROC: the probability that a held-out wording of a training task scores above such "
+        "words, 0.5 if the score cannot tell them apart."
     )
     for path in found:
         yield path.read_text(encoding="utf-8").strip()

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.adapters.provider import SentExamples
-from service.api.answers import build_adapter_info, to_milliseconds
+from service.api.answers import build_adapter_info, build_refinement_info, to_milliseconds
 from service.api.auth import GuardedRoute, Principal, PrincipalDep, Scope, needs
 from service.api.bundle_service import AnyService
 from service.api.dependencies import ResourcesDep
@@ -20,6 +20,7 @@ from service.api.requests import GenerateRequest
 from service.api.resources import Resources
 from service.api.schemas import GenerateResponse, Modality
 from service.errors import (
+    DeadlineExceededError,
     InvalidAdapterError,
     InvalidImageError,
     InvalidInputError,
@@ -51,6 +52,7 @@ router = APIRouter(tags=["adapters"], route_class=GuardedRoute)
         QueueFullError,
         QuotaExceededError,
         NotReadyError,
+        DeadlineExceededError,
     ),
 )
 @needs(Scope.GENERATE)
@@ -86,6 +88,7 @@ async def generate_adapter(
         threshold=decision.threshold,
         cache=provided.cache,
         degraded=resources.list_degraded(provided),
+        refinement=build_refinement_info(provided.refined),
         slot=None if lease is None else lease.slot,
         generation=None if lease is None else lease.generation,
         milliseconds=to_milliseconds(seconds, time.perf_counter() - started),
@@ -115,6 +118,7 @@ async def _build_recipe(
     if body.examples is not None:
         service.synthesizer.need_example_tasks()
         texts = ExampleTexts.build(body.examples)
+        how["refine_steps"] = body.refine_steps
         return AdapterRecipe.build_from_texts(texts, task=body.task, **how), texts
     if body.images is None:
         assert body.task is not None, "the schema asks for a task, examples or images"
