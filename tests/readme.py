@@ -34,6 +34,7 @@ def render_blocks() -> dict[str, str]:
     return {
         "demo": f"```\n{transcript}\n```",
         "results": (RESULTS / "evaluation.md").read_text().strip(),
+        "refinement": (RESULTS / "refinement.md").read_text().strip(),
         "unseen": (FAMILIES_RESULTS / "unseen.md").read_text().strip(),
         "detection": (DETECTION_RESULTS / "evaluation.md").read_text().strip(),
         "bench": _render_bench(json.loads((RESULTS / "bench.json").read_text())),

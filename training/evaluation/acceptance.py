@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,7 +105,8 @@ def measure_acceptance(synthesizer: Synthesizer, name: str, seed: int = 0) -> li
         ("the tasks' words in random order", None, None, shuffled),
     ]
     if synthesizer.bundle.modality == "text":
-        families = read_unseen_families([task.name for task in synthesizer.bundle.tasks])
+        left = list_unseen_families([task.name for task in synthesizer.bundle.tasks])
+        families = [text for table in left.values() for text in table["heldout_descriptions"]]
         kinds.insert(2, ("wordings of tasks of unseen families", None, MIN_FAMILY_AUROC, families))
     known = [synthesizer.score(text) for text in own]
     return [_measure(synthesizer, known, *kind) for kind in kinds]
@@ -116,8 +118,8 @@ def read_wordings(file: str) -> list[str]:
     return [text for task in document.values() for text in task["heldout_descriptions"]]
 
 
-def read_unseen_families(seen: Sequence[str]) -> list[str]:
-    """Held-out wordings of text tasks of families that no seen task belongs to.
+def list_unseen_families(seen: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tables in `text_families.toml`, by task, of families that no seen task belongs to.
 
     Args:
         seen: names of tasks, or of what a family was made from.
@@ -126,8 +128,7 @@ def read_unseen_families(seen: Sequence[str]) -> list[str]:
     domains = tomllib.loads((_TASKS / WORDINGS["text-smollm2"]).read_text(encoding="utf-8"))
     known = {*seen, *domains}
     families = {t["family"] for name, t in tables.items() if {name, t["family"]} & known}
-    left = [table for table in tables.values() if table["family"] not in families]
-    return [text for table in left for text in table["heldout_descriptions"]]
+    return {name: table for name, table in tables.items() if table["family"] not in families}
 
 
 def render_table(synthesizer: Synthesizer, results: Sequence[Acceptance]) -> str:
