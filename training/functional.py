@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from service.synthesis.cvae import ConditionalVAE
+from service.synthesis.in_context import InContextDecoder
 from service.synthesis.normalizer import AdapterNormalizer
 from training.checkpoint import restore_training_state, write_tensors, write_training_state
 from training.episodes import Episodes
@@ -23,6 +24,10 @@ from training.task_vectors import TaskVectors
 from training.through_base import ThroughBase
 
 SAVE_EVERY_STEPS = 10
+
+SHIFT_RATE = 50
+"""Times the learning rate: what preset `in_context` adds to all adapters, in units of the spread
+between tasks. It is not behind a network, which moves an adapter by much more than its weights."""
 
 
 def train_functionally(
@@ -57,7 +62,12 @@ def train_functionally(
     episodes = None
     if recipe.context is not None:
         episodes = Episodes(families, recipe.context)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, weight_decay=0.0)
+    shifts: list[Tensor] = []
+    if isinstance(decoder, InContextDecoder):
+        shifts = [decoder.shift.requires_grad_()]
+    weights = [weight for weight in decoder.parameters() if all(weight is not s for s in shifts)]
+    groups = [{"params": weights, "rate": 1.0}, {"params": shifts, "rate": SHIFT_RATE}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=0.0)
     path = run.functional_generator(seed)
     state_path = run.state(path.stem)
     first_step = restore_training_state(state_path, decoder, optimizer)
@@ -75,9 +85,9 @@ def train_functionally(
             loss = through_base.measure_batch(vector, names[int(task)], draws)
             for group in optimizer.param_groups:
                 share = warm_cosine(step, section.num_steps, section.num_steps // 20)
-                group["lr"] = section.learning_rate * share
+                group["lr"] = section.learning_rate * group["rate"] * share
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % SAVE_EVERY_STEPS == 0:

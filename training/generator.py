@@ -98,7 +98,10 @@ def train_generator(
         assert isinstance(model.decoder, InContextDecoder), "[context] is of that preset"
         choose_temperature(model.decoder, vectors, episodes)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=section.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
     )
     steps_per_epoch = math.ceil(len(adapters) / section.batch_size)
     num_steps = section.epochs * steps_per_epoch

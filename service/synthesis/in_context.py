@@ -2,13 +2,14 @@
 
     w_i      = softmax over the k nearest tasks of cos(v, v_i) / temperature
     soup     = sum_i w_i l_i
-    decode   = soup + gate * CNN(soup, [z; sum_i w_i read(v_i, l_i)])
+    decode   = soup + shift + gate * CNN(soup, [z; sum_i w_i read(v_i, l_i)])
 
 `v_i` and `l_i` are a training task's mean task vector and its own adapter; the temperature is
-chosen in training, on tasks whose family is hidden. At gate 0 the decoder is
-retrieval with weights; the residual is trained in episodes that hide the task to be decoded, and
-all of its family, from the context. So it learns what is to be done about a task that nothing was
-trained for, and `z` what the description leaves open.
+chosen in training, on tasks whose family is hidden. At gate and shift 0 the decoder is
+retrieval with weights. The shift, the same for all tasks, is only trained through the base: what
+helps every task, as one multi-task adapter would. The residual is trained in episodes that hide
+the task to be decoded, and all of its family, from the context. So it learns what is to be done
+about a task that nothing was trained for, and `z` what the description leaves open.
 """
 
 import torch
@@ -29,6 +30,7 @@ class InContextDecoder(TokenDecoder):
         adapters: own adapter of each, normalised.
         temperature: of the weights; starts at the configured one.
         gate: share of the residual; starts at 0.
+        shift: starts at 0, and wants no gradient until functional training.
     """
 
     keys: Float[Tensor, "tasks cond"]
@@ -47,6 +49,7 @@ class InContextDecoder(TokenDecoder):
         )
         self.stem = nn.Linear(self.tokens.chunk_size, config.width)
         self.gate = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(layout.num_params), requires_grad=False)
         nn.init.normal_(self.heads, std=config.width**-0.5)  # else nothing would open the gate
 
     def set_keys(self, prototypes: Float[Tensor, "tasks cond"]) -> None:
@@ -93,4 +96,4 @@ class InContextDecoder(TokenDecoder):
         context = self.stem(self.tokens.cut(soup))  # [batch, tokens, width]
         told = torch.cat([weights @ self.keys, context.mean(1)], dim=1)
         c = self.condition(torch.cat([z, self.read(told)], dim=1))
-        return soup + self.gate * self.decode_tokens(self.positions() + context, c)
+        return soup + self.shift + self.gate * self.decode_tokens(self.positions() + context, c)

@@ -16,6 +16,7 @@ from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
 from training.adapters import cut_windows, tokenize_documents
 from training.baselines.prompt import prompt_with_description
+from training.checkpoint import read_tensors
 from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
@@ -70,6 +71,13 @@ def test_adapters_lower_the_loss_that_the_base_has_with_them(
     before = measure_loss(pipeline, pipeline.run.seeded_generator(0))
     after = measure_loss(pipeline, pipeline.run.functional_generator(0))
     assert after < before - 0.01
+    if preset == "in_context":
+        shifts = [
+            read_tensors(path)[0]["decoder.shift"]
+            for path in (pipeline.run.seeded_generator(0), pipeline.run.functional_generator(0))
+        ]
+        assert not shifts[0].any()
+        assert shifts[1].all()
 
     bundle = pipeline.make_bundle()
     trained = pipeline._load_generator(
