@@ -17,7 +17,7 @@ from service.inference.scheduler import Scheduler
 from service.synthesis.attachment import Attachment
 from service.synthesis.bases import AdapterBases
 from service.synthesis.example_tasks import ExampleTexts
-from service.synthesis.refinement import Refined
+from service.synthesis.refinement import Refined, Refinement
 from service.threads import Computations
 from tests.fixtures.kernel import normal
 from tests.fixtures.tiny_engine import EngineKit, build_engine, load_random_base
@@ -35,16 +35,20 @@ def kit(cache: Path) -> EngineKit:
     return build_engine(load_random_base(cache))
 
 
-class Descent:
+class Descent(Refinement):
     """Plain gradient descent on the adapter, in the place of a decoder's code."""
 
     def __init__(self, num_params: int) -> None:
-        self.vector = normal(num_params, seed=3) * 0.1
+        self._adapter = normal(num_params, seed=3) * 0.1
         self.losses: list[float] = []
+
+    @property
+    def vector(self) -> torch.Tensor:
+        return self._adapter
 
     def step(self, loss: float, gradient: torch.Tensor) -> None:
         self.losses.append(loss)
-        self.vector = self.vector - 0.02 * gradient / gradient.norm() * self.vector.norm()
+        self._adapter = self.vector - 0.02 * gradient / gradient.norm() * self.vector.norm()
 
     def finish(self, loss: float) -> Refined:
         return Refined(self.vector, len(self.losses), self.losses[0], loss)
@@ -89,9 +93,9 @@ def test_running_requests_go_on_and_the_result_is_the_same(kit: EngineKit) -> No
         scheduler = Scheduler(kit.engine)
         scheduler.start()
         refiner = open_refiner(kit, scheduler.run_between_steps)
-        idle = await refiner.refine(Descent(kit.layout.num_params), examples, 3)  # type: ignore[arg-type]
+        idle = await refiner.refine(Descent(kit.layout.num_params), examples, 3)
         running = [asyncio.create_task(scheduler.submit(each, 60.0)) for each in requests]
-        busy = await refiner.refine(Descent(kit.layout.num_params), examples, 3)  # type: ignore[arg-type]
+        busy = await refiner.refine(Descent(kit.layout.num_params), examples, 3)
         texts = [each.text for each in await asyncio.gather(*running)]
         await scheduler.drain(10.0)
         return idle, texts, busy
@@ -112,7 +116,7 @@ def test_a_step_reads_so_many_tokens_in_parts_that_fit(kit: EngineKit) -> None:
 
     refining = open_refiner(kit, call).refine(
         Descent(kit.layout.num_params), ExampleTexts.build(["y" * 4_000]), 1
-    )  # type: ignore[arg-type]
+    )
     assert asyncio.run(refining).steps == 1
     assert sum(sizes) == 2 * MAX_TOKENS  # one step, and what came of it
     assert max(sizes) <= kit.engine.prefill_tokens
@@ -122,7 +126,7 @@ def test_bounds_are_kept(kit: EngineKit, monkeypatch: pytest.MonkeyPatch) -> Non
     examples = ExampleTexts.build(TEXTS)
 
     async def refine(refiner: Refiner, texts: ExampleTexts) -> Refined:
-        return await refiner.refine(Descent(kit.layout.num_params), texts, 2)  # type: ignore[arg-type]
+        return await refiner.refine(Descent(kit.layout.num_params), texts, 2)
 
     with pytest.raises(DeadlineExceededError, match="fewer steps"):
         asyncio.run(refine(open_refiner(kit, call_at_once, timeout_seconds=0.0), examples))
