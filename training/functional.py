@@ -62,12 +62,11 @@ def train_functionally(
     episodes = None
     if recipe.context is not None:
         episodes = Episodes(families, recipe.context)
-    shifts: list[Tensor] = []
+    weights = [weight for name, weight in decoder.named_parameters() if name != "shift"]
+    groups = [{"params": weights, "rate": 1.0}]
     if isinstance(decoder, InContextDecoder):
-        shifts = [decoder.shift.requires_grad_()]
-    weights = [weight for weight in decoder.parameters() if all(weight is not s for s in shifts)]
-    groups = [{"params": weights, "rate": 1.0}, {"params": shifts, "rate": SHIFT_RATE}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=0.0)
+        groups.append({"params": [decoder.shift.requires_grad_()], "rate": SHIFT_RATE})
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
     path = run.functional_generator(seed)
     state_path = run.state(path.stem)
     first_step = restore_training_state(state_path, decoder, optimizer)

@@ -92,16 +92,14 @@ def train_generator(
     if isinstance(model.decoder, InContextDecoder):
         own = torch.stack([rows.mean(0) for rows in checkpoints.values()])
         model.decoder.set_adapters(normalizer.normalize(own))
+        model.decoder.shift.requires_grad_(False)  # it is for functional training
     episodes = None
     if recipe.context is not None:
         episodes = Episodes(families or list(checkpoints), recipe.context)
         assert isinstance(model.decoder, InContextDecoder), "[context] is of that preset"
         choose_temperature(model.decoder, vectors, episodes)
     optimizer = torch.optim.AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=section.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
+        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     steps_per_epoch = math.ceil(len(adapters) / section.batch_size)
     num_steps = section.epochs * steps_per_epoch

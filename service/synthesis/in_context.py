@@ -30,7 +30,7 @@ class InContextDecoder(TokenDecoder):
         adapters: own adapter of each, normalised.
         temperature: of the weights; starts at the configured one.
         gate: share of the residual; starts at 0.
-        shift: starts at 0, and wants no gradient until functional training.
+        shift: starts at 0; reconstruction leaves it there.
     """
 
     keys: Float[Tensor, "tasks cond"]
@@ -49,7 +49,7 @@ class InContextDecoder(TokenDecoder):
         )
         self.stem = nn.Linear(self.tokens.chunk_size, config.width)
         self.gate = nn.Parameter(torch.zeros(()))
-        self.shift = nn.Parameter(torch.zeros(layout.num_params), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(layout.num_params))
         nn.init.normal_(self.heads, std=config.width**-0.5)  # else nothing would open the gate
 
     def set_keys(self, prototypes: Float[Tensor, "tasks cond"]) -> None:
@@ -91,9 +91,8 @@ class InContextDecoder(TokenDecoder):
 
     def decode_task(self, z: Tensor, task: Float[Tensor, "batch tasks"]) -> Tensor:
         """Normalised adapter vectors of the weights of training tasks."""
-        weights = task
-        soup = weights @ self.adapters
+        soup = task @ self.adapters
         context = self.stem(self.tokens.cut(soup))  # [batch, tokens, width]
-        told = torch.cat([weights @ self.keys, context.mean(1)], dim=1)
+        told = torch.cat([task @ self.keys, context.mean(1)], dim=1)
         c = self.condition(torch.cat([z, self.read(told)], dim=1))
         return soup + self.shift + self.gate * self.decode_tokens(self.positions() + context, c)
