@@ -177,19 +177,18 @@ def _start_service(
     scheduler: Scheduler[Any, Any] = _start_scheduler(
         modality, engine, settings, metrics, aliases, model_name
     )
-    reader: ExampleReader | None = None
-    refiner: Refiner | None = None
+    read_texts = refine = None
     if bundle.examples is not None and isinstance(engine, TextEngine):
         between, deadline = scheduler.run_between_steps, settings.request_deadline_seconds
-        reader = ExampleReader(engine, between)
-        refiner = Refiner(engine, between, cache.computations, deadline)
+        read_texts = ExampleReader(engine, between).read
+        refine = Refiner(engine, between, cache.computations, deadline).refine
     provider = AdapterProvider(
         models.synthesizer,
         cache,
         on_batch=metrics.on_generation_batch,
         reserve_bytes=quotas.reserve_bytes,
-        read_texts=None if reader is None else reader.read,
-        refine=None if refiner is None else refiner.refine,
+        read_texts=read_texts,
+        refine=refine,
     )
     return BundleService(
         modality,

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,10 +14,18 @@ from service.errors import InvalidInputError, QueueFullError
 from service.inference.text import TextEngine
 from service.synthesis.example_tasks import MAX_EXAMPLE_TOKENS, ExampleTexts
 
-Call = Callable[[Callable[[], Tensor]], Future[Tensor]]
+Call = Callable[[Callable[[], Any]], Future[Any]]
+"""Has a thread run a function."""
 
 MAX_PENDING = 64
 """Requests whose examples are read or wait for it."""
+
+
+def call_now(function: Callable[[], Any]) -> Future[Any]:
+    """Runs a function at once, in the place of a scheduler, where nothing else runs."""
+    future: Future[Any] = Future()
+    future.set_result(function())
+    return future
 
 
 class ExampleReader:

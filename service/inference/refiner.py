@@ -2,22 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from service.errors import DeadlineExceededError, InvalidInputError, QueueFullError
-from service.inference.example_reader import group_texts
+from service.inference.example_reader import Call, group_texts
 from service.inference.text import TextEngine
 from service.synthesis.example_tasks import ExampleTexts
 from service.synthesis.refinement import Refined, Refinement
 from service.threads import Computations
-
-Call = Callable[[Callable[[], Any]], Future[Any]]
 
 MAX_TOKENS = 512
 """Of all examples together, in equal shares: what a step costs."""

@@ -40,6 +40,16 @@ class Decoder(Protocol):
     def __call__(
         self, z: Float[Tensor, "batch latent"], condition: Float[Tensor, "batch cond"]
     ) -> Float[Tensor, "batch num_params"]:
+        """Normalised adapter vectors: `decode_task` of what `read_task` gives."""
+        ...
+
+    def read_task(self, condition: Float[Tensor, "batch cond"]) -> Float[Tensor, "batch code"]:
+        """Task vectors to what they mean to the decoder."""
+        ...
+
+    def decode_task(
+        self, z: Float[Tensor, "batch latent"], task: Float[Tensor, "batch code"]
+    ) -> Float[Tensor, "batch num_params"]:
         """Normalised adapter vectors."""
         ...
 

@@ -8,12 +8,12 @@ were predicted best, so that refinement never makes the prediction of them worse
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from service.synthesis.cvae import Decoder
 from service.synthesis.normalizer import AdapterNormalizer
 
 MAX_REFINE_STEPS = 16
@@ -23,18 +23,6 @@ _STEP_SHARE = 0.2
 
 _Z_STEP = 0.1
 """The same for z, whose prior has the standard deviation 1."""
-
-
-class TaskDecoder(Protocol):
-    """A decoder in two halves."""
-
-    def read_task(self, condition: Tensor) -> Tensor:
-        """Task vectors to what they mean to the decoder."""
-        ...
-
-    def decode_task(self, z: Tensor, task: Tensor) -> Tensor:
-        """What `read_task` gave to normalised adapter vectors."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class Refinement:
 
     def __init__(
         self,
-        decoder: TaskDecoder | Any,
+        decoder: Decoder,
         normalizer: AdapterNormalizer,
         z: Float[Tensor, " latent"],
         task_vector: Float[Tensor, " cond"],
@@ -74,7 +62,7 @@ class Refinement:
         self._decoder = decoder
         self._normalizer = normalizer
         with torch.no_grad():
-            task: Tensor = decoder.read_task(task_vector[None])
+            task = decoder.read_task(task_vector[None])
         size = float(task.square().mean().sqrt())
         self._code = [z[None].clone().requires_grad_(), task.clone().requires_grad_()]
         rates = (_Z_STEP, _STEP_SHARE * size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from service.errors import IcmLoraError, InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
+from service.synthesis.cvae import Decoder
 from service.synthesis.example_tasks import (
     ExampleTasks,
     ExampleTexts,
@@ -399,8 +400,10 @@ class Synthesizer:
         Raises: as `synthesize`.
         """
         task_vector, _ = self._read_task(recipe, examples)
+        decoder = self.bundle.decoder
+        assert isinstance(decoder, Decoder)
         return Refinement(
-            self.bundle.decoder,
+            decoder,
             self.bundle.normalizer,
             self._draw_z(recipe).to(self._device),
             task_vector.to(self._device),

@@ -108,8 +108,11 @@ def measure_acceptance(synthesizer: Synthesizer, name: str, seed: int = 0) -> li
         left = list_unseen_families([task.name for task in synthesizer.bundle.tasks])
         families = [text for table in left.values() for text in table["heldout_descriptions"]]
         kinds.insert(2, ("wordings of tasks of unseen families", None, MIN_FAMILY_AUROC, families))
-    known = [synthesizer.score(text) for text in own]
-    return [_measure(synthesizer, known, *kind) for kind in kinds]
+    scores = [[synthesizer.score(text) for text in texts] for *_, texts in kinds]
+    return [
+        _judge(kind, wanted, min_auroc, texts[0], scored, known=scores[0])
+        for (kind, wanted, min_auroc, texts), scored in zip(kinds, scores, strict=True)
+    ]
 
 
 def read_wordings(file: str) -> list[str]:
@@ -172,19 +175,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table)
 
 
-def _measure(
-    synthesizer: Synthesizer,
-    known: Sequence[float],
+def _judge(
     kind: str,
     wanted: bool | None,
     min_auroc: float | None,
-    texts: Sequence[str],
+    example: str,
+    scores: Sequence[float],
+    known: Sequence[float],
 ) -> Acceptance:
-    scores = [synthesizer.score(text) for text in texts]
     accepted = sum(score >= THRESHOLD for score in scores)
     median = sorted(scores)[len(scores) // 2]
     auroc = None if wanted else measure_auroc(torch.tensor(known), torch.tensor(scores))
-    return Acceptance(kind, wanted, min_auroc, len(texts), accepted, median, auroc, texts[0])
+    return Acceptance(kind, wanted, min_auroc, len(scores), accepted, median, auroc, example)
 
 
 def _shuffle(draw: random.Random, words: Sequence[str]) -> str:

@@ -12,14 +12,12 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from service.inference.base_model import load_base_model
-from service.inference.example_reader import ExampleReader
+from service.inference.example_reader import ExampleReader, call_now
 from service.inference.refiner import Refiner
 from service.inference.text import TextEngine
 from service.synthesis.attachment import Attachment
@@ -79,8 +77,8 @@ def measure_refinement(
     bundle.check_base(base.digest)
     engine = TextEngine(serving, bundle.layout, bundle.bases, num_slots=1)
     attachment = Attachment(base.model, bundle.bases)  # to score with, as training does
-    reader = ExampleReader(engine, _call)
-    refiner = Refiner(engine, _call, Computations(), timeout_seconds=3_600.0)
+    reader = ExampleReader(engine, call_now)
+    refiner = Refiner(engine, call_now, Computations(), timeout_seconds=3_600.0)
     results = []
     with show_progress("refine", len(tasks)) as report:
         for number, task in enumerate(tasks):
@@ -121,13 +119,6 @@ def measure_refinement(
             )
             report(number + 1)
     return results
-
-
-def _call(function: Callable[[], Any]) -> Future[Any]:
-    """In the place of a scheduler: nothing else runs."""
-    future: Future[Any] = Future()
-    future.set_result(function())
-    return future
 
 
 def render_table(results: Sequence[TaskRefinement]) -> str:

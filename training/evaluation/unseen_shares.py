@@ -76,14 +76,12 @@ def summarize_unseen(
     for name, labels in subjects.items():
         gibberish = behind = outcomes = margins = None
         if name in methods:
-            told_nothing = measure([f"{label}.gibberish" for label in labels])
-            gibberish = average_shares(told_nothing, families)
-        if name == methods[0]:
-            margins = _measure_margins(
-                shares[name],
-                [measure([f"{label}.{kind}" for label in labels]) for kind in WRONG],
-            )
-        else:
+            told = WRONG if name == methods[0] else ("gibberish",)
+            wrong = {kind: measure([f"{label}.{kind}" for label in labels]) for kind in told}
+            gibberish = average_shares(wrong["gibberish"], families)
+            if name == methods[0]:
+                margins = _measure_margins(shares[name], [*wrong.values()])
+        if name != methods[0]:
             behind = _compare_means(shares[methods[0]], shares[name], families)
             outcomes = count_outcomes(
                 [

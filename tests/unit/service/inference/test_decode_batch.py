@@ -20,16 +20,6 @@ TOKENS = 12
 SHIPPED_BUNDLE = Path("service/bundles/text-smollm2")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def kit(cache: Path) -> EngineKit:
-    return build_engine(load_random_base(cache))
-
-
 def get_texts(results: list[Result]) -> list[str]:
     assert all(isinstance(result, Completion) for result in results), results
     return [result.text for result in results if isinstance(result, Completion)]

@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidInputError, NotReadyError, QueueFullError
-from service.inference.example_reader import ExampleReader
+from service.inference.example_reader import ExampleReader, call_now
 from service.inference.scheduler import Scheduler
 from service.synthesis.example_tasks import MAX_EXAMPLE_TOKENS, ExampleTexts
 from service.synthesis.task_encoder import HiddenStateEncoder
-from tests.fixtures.tiny_engine import EngineKit, build_engine, load_random_base
+from tests.fixtures.tiny_engine import EngineKit, load_random_base
 
 TEXTS = ["a", "two words", "x" * 300, "caf\u00e9\n\nwith milk", *(f"text {i}" for i in range(20))]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def kit(cache: Path) -> EngineKit:
-    return build_engine(load_random_base(cache))
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +92,7 @@ def test_no_part_is_longer_than_a_steps_share_of_prompts(kit: EngineKit) -> None
     def call(function: Callable[[], Tensor]) -> Future[Tensor]:
         (part,) = function.args  # type: ignore[attr-defined]
         sizes.append((len(part), max(len(text) for text in part)))
-        future: Future[Tensor] = Future()
-        future.set_result(function())
-        return future
+        return call_now(function)
 
     examples = ExampleTexts.build([*TEXTS, "y" * 4_000])
     asyncio.run(ExampleReader(kit.engine, call).read(examples))

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from service.errors import DeadlineExceededError, InvalidInputError, QueueFullError
 from service.inference import refiner as module
+from service.inference.example_reader import call_now
 from service.inference.refiner import MAX_TOKENS, Refiner
 from service.inference.scheduler import Scheduler
 from service.synthesis.attachment import Attachment
@@ -20,19 +21,9 @@ from service.synthesis.example_tasks import ExampleTexts
 from service.synthesis.refinement import Refined, Refinement
 from service.threads import Computations
 from tests.fixtures.kernel import normal
-from tests.fixtures.tiny_engine import EngineKit, build_engine, load_random_base
+from tests.fixtures.tiny_engine import EngineKit, load_random_base
 
 TEXTS = ["Once upon a time", "there was", "x" * 700]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def kit(cache: Path) -> EngineKit:
-    return build_engine(load_random_base(cache))
 
 
 class Descent(Refinement):
@@ -56,12 +47,6 @@ class Descent(Refinement):
 
 def open_refiner(kit: EngineKit, call: Any, timeout_seconds: float = 60.0) -> Refiner:
     return Refiner(kit.engine, call, Computations(), timeout_seconds)
-
-
-def call_at_once(function: Callable[[], Any]) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(function())
-    return future
 
 
 def test_gradient_is_that_of_the_bare_base(kit: EngineKit, cache: Path) -> None:
@@ -112,7 +97,7 @@ def test_a_step_reads_so_many_tokens_in_parts_that_fit(kit: EngineKit) -> None:
     def call(function: Callable[[], Any]) -> Future[Any]:
         _, part = function.args  # type: ignore[attr-defined]
         sizes.append(len(part) * max(len(text) for text in part))
-        return call_at_once(function)
+        return call_now(function)
 
     refining = open_refiner(kit, call).refine(
         Descent(kit.layout.num_params), ExampleTexts.build(["y" * 4_000]), 1
@@ -129,13 +114,13 @@ def test_bounds_are_kept(kit: EngineKit, monkeypatch: pytest.MonkeyPatch) -> Non
         return await refiner.refine(Descent(kit.layout.num_params), texts, 2)
 
     with pytest.raises(DeadlineExceededError, match="fewer steps"):
-        asyncio.run(refine(open_refiner(kit, call_at_once, timeout_seconds=0.0), examples))
+        asyncio.run(refine(open_refiner(kit, call_now, timeout_seconds=0.0), examples))
     with pytest.raises(InvalidInputError, match="too short"):
-        asyncio.run(refine(open_refiner(kit, call_at_once), ExampleTexts.build(["x"])))
+        asyncio.run(refine(open_refiner(kit, call_now), ExampleTexts.build(["x"])))
     monkeypatch.setattr(module, "MAX_PENDING", 1)
 
     async def refine_twice() -> None:
-        refiner = open_refiner(kit, call_at_once)
+        refiner = open_refiner(kit, call_now)
         first = asyncio.create_task(refine(refiner, examples))
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError, match="being refined"):

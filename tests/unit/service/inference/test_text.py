@@ -31,16 +31,6 @@ from tests.fixtures.tiny_engine import (
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def kit(cache: Path) -> EngineKit:
-    return build_engine(load_random_base(cache))
-
-
-@pytest.fixture(scope="module")
 def chained(cache: Path) -> EngineKit:
     return build_engine(load_chained_base(cache))
 

@@ -4,28 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.synthesis.cvae import build_decoder
-from service.synthesis.generator_config import GeneratorConfig
-from service.synthesis.in_context import InContextDecoder
 from service.synthesis.layout import AdapterKind, AdapterLayout
 from service.synthesis.normalizer import AdapterNormalizer
 from service.synthesis.refinement import Refinement
-from tests.fixtures.kernel import adapt_tiny_net, normal
+from tests.fixtures.kernel import adapt_tiny_net, normal, random_decoder
 
 PRESETS = ("paper", "token", "in_context")
 
 
 def make_decoder(preset: str) -> tuple[nn.Module, AdapterLayout, AdapterNormalizer]:
     _, layout, _ = adapt_tiny_net(AdapterKind.LORA)
-    config = GeneratorConfig(preset, 16, 3, depth=2, width=8, chunk_size=6, num_prototypes=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = build_decoder(layout, config)
-        for parameter in decoder.parameters():
-            nn.init.normal_(parameter, std=0.3)
-    if isinstance(decoder, InContextDecoder):
-        decoder.set_keys(normal(4, 16))
-        decoder.set_adapters(normal(4, layout.num_params))
+    decoder = random_decoder(preset, layout, num_prototypes=4, std=0.3)
     normalizer = AdapterNormalizer(
         normal(layout.num_params, seed=1), torch.full((layout.num_params,), 0.5)
     )

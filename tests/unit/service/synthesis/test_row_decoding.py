@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from service.errors import InvalidAdapterError, InvalidInputError
 from service.synthesis.bundle import Bundle, read_bundle
-from service.synthesis.cvae import build_decoder
-from service.synthesis.generator_config import GeneratorConfig
-from service.synthesis.in_context import InContextDecoder
 from service.synthesis.layout import AdapterKind
 from service.synthesis.row_decoding import RowDecoder
 from service.synthesis.synthesizer import AdapterRecipe, SynthesizedAdapter, Synthesizer
-from tests.fixtures.kernel import WordEncoder, adapt_tiny_net, normal, write_word_bundle
+from tests.fixtures.kernel import (
+    WordEncoder,
+    adapt_tiny_net,
+    normal,
+    random_decoder,
+    write_word_bundle,
+)
 
 BUNDLES = ("text-smollm2", "detection-embedded")
 BATCHES = 20
@@ -73,15 +75,7 @@ def test_shipped_bundles_give_what_the_training_forward_gives(name: str) -> None
 @pytest.mark.parametrize("preset", ["paper", "token", "in_context"])
 def test_every_preset_decodes_row_by_row(preset: str) -> None:
     _, layout, _ = adapt_tiny_net(AdapterKind.LORA)
-    config = GeneratorConfig(preset, 16, 3, depth=2, width=8, chunk_size=6, num_prototypes=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = build_decoder(layout, config)
-        for parameter in decoder.parameters():
-            nn.init.normal_(parameter, std=0.2)
-        if isinstance(decoder, InContextDecoder):
-            decoder.set_keys(normal(2, 16))
-            decoder.set_adapters(normal(2, layout.num_params))
+    decoder = random_decoder(preset, layout, num_prototypes=2, std=0.2)
     z, condition = normal(5, 3), normal(5, 16, seed=1)
     with torch.inference_mode():
         decode = RowDecoder(decoder)
