@@ -5,8 +5,8 @@ import json
 import pytest
 
 from service.synthesis.bundle import read_bundle
+from tests.bench.refinement import METHODS, TaskRefinement, render_table
 from training.evaluation.acceptance import list_unseen_families
-from training.evaluation.refinement import METHODS, TaskRefinement, render_table
 from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
 
 

@@ -1,6 +1,6 @@
 """What few-shot refinement is worth: held-out text of tasks of families that a bundle never saw.
 
-    python -m training.evaluation.refinement --out training/results/text-smollm2
+    python -m tests.bench.refinement --out training/results/text-smollm2
 
 The shipped text bundle generates an adapter from words, from words with eight examples, and from
 these with gradient steps, as `POST /generate-lora` does. Writes refinement.json and refinement.md.
