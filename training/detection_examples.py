@@ -1,6 +1,6 @@
 """Prompted scenes that a detection adapter is fine-tuned on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +44,26 @@ def draw_examples(
     section: DetectionSection,
     num_examples: int,
     seed: int,
+    unseen: Collection[str] = (),
 ) -> PromptedScenes:
     """Draws scenes with and without the task's object, and prompts.
 
     Whatever the prompt, the answer is the task's own objects: it is the adapter that says what
     to look for. So a share of the prompts are other tasks' words, and the scenes without the
     object show those of other tasks, known and unknown to the base; an adapter that boxes
-    whatever is unfamiliar is wrong on them.
+    whatever is unfamiliar is wrong on them. Of unseen tasks nothing is drawn, neither their words
+    nor scenes with their objects: such a scene would teach that the object is none to box.
 
     Raises:
         InvalidTaskDataError: no scene holds the object.
     """
     random = torch.Generator().manual_seed(seed)
-    there = [any(each.category == task.name for each in scene) for scene in source.objects]
-    present = [i for i, holds in enumerate(there) if holds]
-    absent = [i for i, holds in enumerate(there) if not holds]
+    present: list[int] = []
+    absent: list[int] = []
+    for number, scene in enumerate(source.objects):
+        names = {each.category for each in scene}
+        if names.isdisjoint(unseen):
+            (present if task.name in names else absent).append(number)
     if not present:
         raise InvalidTaskDataError(f"no training scene holds an object of task {task.name!r}")
     num_present = round(num_examples * (section.present_share if absent else 1.0))
@@ -66,7 +71,8 @@ def draw_examples(
         *_draw(present, num_present, random),
         *_draw(absent, num_examples - num_present, random),
     ]
-    others = [words for other in tasks if other is not task for words in other.descriptions]
+    known = [other for other in tasks if other is not task and other.name not in unseen]
+    others = [words for other in known for words in other.descriptions]
     prompts = []
     for _ in scenes:
         is_own = not others or float(torch.rand((), generator=random)) < section.own_prompt_share
@@ -83,6 +89,7 @@ def build_detection_loss(
     *,
     num_examples: int,
     seed: int,
+    unseen: Collection[str] = (),
 ) -> MeasureLoss:
     """Loss of a batch of a task's examples, for `fine_tune`.
 
@@ -93,12 +100,13 @@ def build_detection_loss(
         section: how examples are drawn.
         num_examples: of an epoch.
         seed: of the drawing.
+        unseen: tasks that nothing is drawn of.
 
     Raises:
         InvalidTaskDataError: no scene holds the object.
     """
     source = data.train
-    examples = draw_examples(task, data.tasks, source, section, num_examples, seed)
+    examples = draw_examples(task, data.tasks, source, section, num_examples, seed, unseen)
     drawn, places = torch.unique(examples.scenes, return_inverse=True)
     features = encode_scenes(base, source, drawn.tolist())
     # Fused attention is the slower one on a CPU: its backward pass takes half of a step.

@@ -1,10 +1,10 @@
 """The stages of a run, each resumable: adapters, task vectors, generator, bundle."""
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -154,11 +154,18 @@ class Pipeline:
         state.unlink(missing_ok=True)
 
     def _build_loss(
-        self, task: AnyTask, seed: int, *, behind_description: bool = False
+        self,
+        task: AnyTask,
+        seed: int,
+        *,
+        behind_description: bool = False,
+        unseen: Collection[str] = (),
     ) -> MeasureLoss:
         """Training loss of a task's examples, text or detection.
 
-        Text behind a description: each batch behind one wording, that of its first example.
+        Behind a description: each batch of text behind one wording, that of its first example;
+        every scene asked for in a wording of the task's own. Tasks of text share no data; of
+        scenes those with objects of unseen tasks are left out.
         """
         recipe = self.run.recipe
         if isinstance(task, TextTask):
@@ -177,13 +184,15 @@ class Pipeline:
             return measure_behind
         assert self.detection is not None
         assert recipe.detection is not None
+        asked = {"own_prompt_share": 1.0} if behind_description else {}
         return build_detection_loss(
             self.base,
             task,
             self.detection,
-            recipe.detection,
+            recipe.detection.model_copy(update=asked),
             num_examples=recipe.finetune.num_windows,
             seed=seed,
+            unseen=unseen,
         )
 
     def read_checkpoints(self) -> dict[str, Float[Tensor, "checkpoints num_params"]]:
@@ -267,11 +276,16 @@ class Pipeline:
         behind = section is not None and section.behind_description
         tasks = {task.name: task for task in self.tasks}
         attachment = Attachment(self.base.model, self.bases)
+
+        @lru_cache(maxsize=len(tasks))
+        def get_loss(name: str, unseen: frozenset[str]) -> MeasureLoss:
+            return self._build_loss(tasks[name], seed, behind_description=behind, unseen=unseen)
+
         try:
             yield ThroughBase(
                 self.base,
                 attachment,
-                cache(lambda name: self._build_loss(tasks[name], seed, behind_description=behind)),
+                get_loss,
                 self.run.recipe.finetune.num_windows,
                 batch_size,
             )

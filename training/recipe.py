@@ -178,7 +178,8 @@ class FunctionalSection(_Section):
     learning_rate: float = Field(gt=0)
     behind_description: bool = Field(
         default=False,
-        description="text: a training wording stands before every example, as when it is used so",
+        description="text: a training wording stands before every example, as when it is used so; "
+        "detection: every example is asked in own wordings, whatever `own_prompt_share` says",
     )
 
 
@@ -232,10 +233,6 @@ class Recipe(_Section):
             raise ValueError(f"[detection] goes with the sources {', '.join(DETECTION_SOURCES)}")
         if is_detection and self.examples is not None:
             raise ValueError("[examples] goes with tasks of text")
-        if is_detection and self.functional is not None and self.functional.behind_description:
-            raise ValueError(
-                "behind_description goes with tasks of text: detection reads its words"
-            )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Losses of adapters on tasks' training examples, through the frozen base."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -21,23 +21,30 @@ class ThroughBase:
     Attributes:
         base: frozen, wrapped by `attachment`.
         attachment: where adapters are put.
-        get_loss: by a task's name, the loss of its training examples, named by their numbers.
+        get_loss: by a task's name and those of unseen tasks, the loss of its training examples,
+            named by their numbers; the unseen tasks' data are not among them.
         num_examples: of each task.
         batch_size: examples of a drawn batch.
+        unseen: tasks whose data must not be read.
     """
 
     base: BaseModel
     attachment: Attachment
-    get_loss: Callable[[str], MeasureLoss]
+    get_loss: Callable[[str, frozenset[str]], MeasureLoss]
     num_examples: int
     batch_size: int
+    unseen: frozenset[str] = frozenset()
+
+    def without(self, tasks: Iterable[str]) -> "ThroughBase":
+        """The same base, with some tasks unseen."""
+        return replace(self, unseen=frozenset(tasks))
 
     def measure(
         self, vector: Float[Tensor, " num_params"], task: str, examples: Int[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
         """Loss of an adapter on some of a task's training examples."""
         self.attachment.rows.vectors = vector[None].to(self.base.device, self.base.dtype)
-        loss = self.get_loss(task)(examples)
+        loss = self.get_loss(task, self.unseen)(examples)
         self.attachment.rows.vectors = None
         return loss
 

@@ -48,11 +48,13 @@ class Method:
             kept under other options are not read.
         prompt: of the suite's, what stands before every window as well, or nothing. Methods that
             are named alike up to a `+` differ in this alone, and are fitted once.
+        seeded: whether it depends on its seed; if not, it is fitted and scored once for all.
     """
 
     build: Callable[[ThroughBase], Baseline]
     options: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None
+    seeded: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,13 @@ class UnseenEvaluation:
         num_folds = min(self.settings.num_folds or len(families), len(families))
         for first in range(num_folds):
             rest = self.training_tasks.without(*families[first::num_folds])
+            unseen = {task.name for task in self.pipeline.tasks} - {*rest.names}
+            through_rest = through_base.without(unseen)
             for name, variants in self._group_variants().items():
                 method = next(iter(variants.values()))
                 folder = self._find_folder({**method.options, "num_folds": num_folds})
                 for seed in self.settings.seeds:
-                    fit = partial(_Fitted, method, rest, seed, through_base)
+                    fit = partial(_Fitted, method, rest, seed, through_rest)
                     list_scores = partial(self._list_fitted, fit, variants, seed, folder)
                     yield _Part(f"{folder.name}.{name}.{seed}.{first}", list_scores)
 
@@ -189,6 +193,7 @@ class UnseenEvaluation:
     ) -> "Iterator[_Score]":
         """Of the tasks that the method is not fitted on."""
         fitted = fit()
+        kept_as = seed if fitted.method.seeded else self.settings.seeds[0]
         for task in self.pipeline.tasks:
             if task.name in fitted.tasks.names:
                 continue
@@ -197,7 +202,11 @@ class UnseenEvaluation:
                     name for name in variants if kind in ("", "gibberish") or name == self.judged
                 ]
                 labels = [f"{name}.{seed}.{kind}".rstrip(".") for name in told]
-                paths = [folder / f"{task.name}.{label}.safetensors" for label in labels]
+                files = [
+                    f"{task.name}.{name}.{kept_as}.{kind}".rstrip(".") + ".safetensors"
+                    for name in told
+                ]
+                paths = [folder / file for file in files]
                 make = partial(_read_or_make, paths, fitted, self.unseen_vectors[words])
                 for name, label, path in zip(told, labels, paths, strict=True):
                     yield _Score(task, label, path, make, variants[name].prompt, words)

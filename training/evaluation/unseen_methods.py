@@ -26,6 +26,9 @@ METHODS_OF_WEIGHTS = (
 )
 """Baselines that need adapters and task vectors alone, with their default options."""
 
+UNSEEDED = ("soup", "nearest", "top_k", "pca_ridge")
+"""Those that draw nothing."""
+
 DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
 """Section `[context]` of preset `in_context` where the recipe is of another preset."""
 
@@ -52,7 +55,7 @@ def build_method(name: str, recipe: Recipe) -> Method:
         if name.endswith(suffix):
             return replace(build_method(name.removesuffix(suffix), recipe), prompt=prompt)
     if name in METHODS_OF_WEIGHTS:
-        return Method(lambda _: build_baseline(name))
+        return Method(lambda _: build_baseline(name), seeded=name not in UNSEEDED)
     preset = name.removesuffix("_functional")
     through_base = _METHODS_THROUGH_BASE.get(name)
     if preset not in PRESETS and through_base is None:

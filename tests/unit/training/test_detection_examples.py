@@ -99,6 +99,15 @@ def test_a_lonely_task_has_its_own_prompts_only() -> None:
     assert set(examples.prompts) == set(BALL.descriptions)
 
 
+def test_nothing_is_drawn_of_unseen_tasks() -> None:
+    examples = draw_examples(BALL, TASKS, SCENES, SECTION, 100, seed=0, unseen=["cube"])
+
+    assert set(examples.prompts) == set(BALL.descriptions)
+    drawn = examples.scenes.tolist()
+    assert not any(holds(scene, "cube") for scene in drawn)
+    assert sum(holds(scene, "ball") for scene in drawn) == 60
+
+
 def test_where_every_scene_holds_the_object_there_are_no_negatives() -> None:
     stored = draw_stored_scenes(20, empty_every=0)
     balls = replace(stored, objects=stored.objects[::2])

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
 import training.functional
@@ -17,9 +16,11 @@ from tests.fixtures.tiny_training import make_recipe
 from training.adapters import cut_windows, tokenize_documents
 from training.baselines.prompt import prompt_with_description
 from training.checkpoint import read_tensors
+from training.detection_examples import build_detection_loss
 from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
+from training.tasks.detection_task import DetectionTask
 from training.tasks.text import TextTask
 from training.through_base import ThroughBase
 
@@ -116,11 +117,34 @@ def test_examples_stand_behind_a_training_wording(
             assert given.grad.abs().max() > 0
 
 
-def test_detection_has_no_text_to_stand_before(tiny_detection_recipe: Recipe) -> None:
+def test_scenes_are_asked_for_in_the_tasks_own_wordings(
+    tmp_path: Path, tiny_detection_recipe: Recipe
+) -> None:
     body = tiny_detection_recipe.to_json()
     body["functional"] = {**FUNCTIONAL, "behind_description": True}
-    with pytest.raises(ValidationError, match="detection reads its words"):
-        Recipe.model_validate(body)
+    pipeline = open_pipeline(tmp_path, Recipe.model_validate(body))
+    section, task, data = pipeline.run.recipe.detection, pipeline.tasks[0], pipeline.detection
+    assert section is not None
+    assert data is not None
+    assert isinstance(task, DetectionTask)
+    numbers = torch.arange(4)
+    vector = torch.randn(pipeline.bases.layout.num_params) * 0.1
+    with pipeline.open_through_base(4, seed=0) as through_base:
+        loss = through_base.measure(vector, task.name, numbers)
+        through_base.attachment.rows.vectors = vector[None]
+        expected = {}
+        for share in (1.0, 0.01):
+            measure_loss = build_detection_loss(
+                pipeline.base,
+                task,
+                data,
+                section.model_copy(update={"own_prompt_share": share}),
+                num_examples=pipeline.run.recipe.finetune.num_windows,
+                seed=0,
+            )
+            expected[share] = measure_loss(numbers)
+    assert torch.equal(loss, expected[1.0])
+    assert not torch.equal(loss, expected[0.01])
 
 
 def test_a_killed_training_resumes_to_the_same_bytes(

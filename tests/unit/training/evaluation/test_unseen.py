@@ -36,6 +36,7 @@ from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.tasks.text import TextTask
+from training.through_base import ThroughBase
 
 SETTINGS = UnseenSettings()
 SIZE = (4, 9)
@@ -118,6 +119,34 @@ def test_families_are_left_out_in_parts(run: RunDir) -> None:
     score(run, Spy, replace(SETTINGS, num_folds=2))
     assert [len(seen) for seen in Spy.seen] == [1, 2]
     assert len(set(Spy.seen[0] + Spy.seen[1])) == 3
+
+
+def test_methods_learn_through_a_base_that_reads_nothing_of_the_tasks_left_out(
+    run: RunDir,
+) -> None:
+    seen = []
+
+    def build(through_base: ThroughBase) -> Soup:
+        seen.append(through_base.unseen)
+        return Soup()
+
+    open_job(run, {"soup": Method(build, {"unseen": 1})}).score(lambda step, **_: None)
+    names = ["unicode_names", "html_entities", "python_reference"]
+    assert sorted(seen, key=str) == sorted((frozenset({name}) for name in names), key=str)
+
+
+def test_what_draws_nothing_is_fitted_once_for_all_seeds(run: RunDir) -> None:
+    fits = {}
+    for seeded in (True, False):
+        Spy.seen.clear()
+        method = Method(lambda _: Spy(), {"once": int(seeded)}, seeded=seeded)
+        job = open_job(run, {"soup": method}, replace(SETTINGS, seeds=(3, 5)))
+        scores = job.score(lambda step, **_: None)
+        fits[seeded] = len(Spy.seen)
+        for each in scores.values():
+            assert torch.equal(each["soup.3"], each["soup.5"])
+            assert torch.equal(each["soup.3.gibberish"], each["soup.5.gibberish"])
+    assert fits == {True: 6, False: 3}
 
 
 def test_processes_share_the_parts(run: RunDir) -> None:
