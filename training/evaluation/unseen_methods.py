@@ -12,7 +12,7 @@ from torch import Tensor
 from service.errors import InvalidInputError
 from training.baselines import PRESETS, Baseline, build_baseline
 from training.evaluation.unseen import Method
-from training.recipe import FunctionalSection, Recipe
+from training.recipe import Recipe
 from training.through_base import ThroughBase
 
 METHODS_OF_WEIGHTS = (
@@ -34,6 +34,9 @@ DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
 
 WITH_PROMPT = MappingProxyType({"+description": "description", "+examples": "examples"})
 """Suffixes of a method whose adapters are used behind a prompt: what to do, or how it is done."""
+
+MULTI_TASK_RATE = 0.25
+"""Of the learning rate of a fine-tuning: every step is of another task."""
 
 SCORED_TASKS = 8
 SCORED_EXAMPLES = 8
@@ -69,7 +72,7 @@ def build_method(name: str, recipe: Recipe) -> Method:
         raise InvalidInputError(f"method {name!r} needs a recipe with a section [functional]")
     if through_base is None:
         return _build_preset(preset, recipe, functional=True)
-    return Method(partial(through_base, recipe.functional), recipe.functional.model_dump())
+    return Method(partial(through_base, recipe), recipe.functional.model_dump())
 
 
 def _build_preset(preset: str, recipe: Recipe, *, functional: bool) -> Method:
@@ -90,19 +93,27 @@ def _build_preset(preset: str, recipe: Recipe, *, functional: bool) -> Method:
     return Method(build, {section: body.get(section) for section in sections})
 
 
-def _build_multi_task(section: FunctionalSection, through_base: ThroughBase) -> Baseline:
+def _build_multi_task(recipe: Recipe, through_base: ThroughBase) -> Baseline:
     return build_baseline(
-        "multi_task", task_loss=through_base.measure_batch, num_steps=section.num_steps
+        "multi_task",
+        task_loss=through_base.measure_batch,
+        num_steps=_count_steps(recipe),
+        learning_rate=recipe.finetune.learning_rate * MULTI_TASK_RATE,
     )
 
 
-def _build_end_to_end(section: FunctionalSection, through_base: ThroughBase) -> Baseline:
+def _build_end_to_end(recipe: Recipe, through_base: ThroughBase) -> Baseline:
     return build_baseline(
-        "hypernet", task_loss=through_base.measure_batch, num_task_steps=section.num_steps
+        "hypernet", task_loss=through_base.measure_batch, num_task_steps=_count_steps(recipe)
     )
 
 
-def _build_greedy_soup(_: FunctionalSection, through_base: ThroughBase) -> Baseline:
+def _count_steps(recipe: Recipe) -> int:
+    assert recipe.functional is not None
+    return recipe.functional.num_steps
+
+
+def _build_greedy_soup(_: Recipe, through_base: ThroughBase) -> Baseline:
     def score(vector: Float[Tensor, " num_params"], task: str) -> float:
         with torch.inference_mode():
             return -float(through_base.measure(vector, task, torch.arange(SCORED_EXAMPLES)))
@@ -110,7 +121,7 @@ def _build_greedy_soup(_: FunctionalSection, through_base: ThroughBase) -> Basel
     return build_baseline("greedy_soup", score=score, num_validation_tasks=SCORED_TASKS)
 
 
-_METHODS_THROUGH_BASE: Mapping[str, Callable[[FunctionalSection, ThroughBase], Baseline]]
+_METHODS_THROUGH_BASE: Mapping[str, Callable[[Recipe, ThroughBase], Baseline]]
 _METHODS_THROUGH_BASE = MappingProxyType(
     {
         "multi_task": _build_multi_task,
