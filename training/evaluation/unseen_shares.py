@@ -137,12 +137,13 @@ def render_shares(results: Sequence[MethodShare]) -> str:
         gibberish = "" if result.gibberish is None else f"{result.gibberish.mean.value:.3f}"
         counts = result.outcomes
         lines.append(
-            f"| {result.name} | {_render(result.share.mean)} | {gibberish} | "
-            f"{'' if result.behind is None else _render(result.behind)} | "
+            f"| {result.name} | {render_interval(result.share.mean)} | {gibberish} | "
+            f"{'' if result.behind is None else render_interval(result.behind)} | "
             f"{'' if counts is None else f'{counts.wins}, {counts.ties}, {counts.losses}'} |"
         )
     return "\n".join(lines)
 
 
-def _render(interval: Interval) -> str:
+def render_interval(interval: Interval) -> str:
+    """The value, and in brackets its interval."""
     return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"

@@ -90,6 +90,31 @@ def test_margins_are_counted(results: Path) -> None:
     assert (steered.passed, steered.measured) == (False, "on 1 of 2 tasks")
 
 
+def test_ablations_are_of_the_judged_method_behind_the_same_prompt(results: Path) -> None:
+    path = results / UNSEEN_DIRS["text"] / "unseen.json"
+    body = json.loads(path.read_text())
+    whole = "in_context_functional+description"
+    body["results"] = [
+        asdict(make_share(whole, 0.8, None, 0.3)),
+        asdict(make_share("in_context+description", 0.7, 0.1, 0.3)),
+        asdict(make_share("in_context_functional", 0.6, 0.2, 0.3)),
+        asdict(make_share("in_context", 0.5, 0.3, 0.3)),
+        asdict(make_share("description", 0.4, 0.4, 0.3)),
+    ]
+    path.write_text(json.dumps(body))
+    text = render_document(results, results, results)
+    table = text.partition("What each ingredient is worth:")[2].strip().split("\n\n")[0]
+    assert table.splitlines()[2:] == [
+        "| training through the base | `in_context+description` | 0.700 | 0.100 (0.050 to 0.150) |",
+        "| the description before the text | `in_context_functional` | 0.600 | "
+        "0.200 (0.150 to 0.250) |",
+        "| an adapter | `description` | 0.400 | 0.400 (0.350 to 0.450) |",
+    ]
+    assert text.count("What each ingredient is worth:") == 1  # of the other suite nothing is judged
+    verdicts = {v.name: v for v in check_committed(results, results)}
+    assert verdicts["unseen text: significantly ahead"].measured == "of 1 of 1 methods"
+
+
 def test_losses_name_who_is_ahead(results: Path) -> None:
     found = read_unseen("text", results)
     assert found is not None
@@ -100,6 +125,10 @@ def test_losses_name_who_is_ahead(results: Path) -> None:
     ahead = [make_share("token", 0.5, None, 0.1), make_share("examples", 0.9, -0.4, 0.1)]
     assert next(iter(list_unseen_losses(ahead))) == (
         "`examples` is clearly ahead: 0.900 against 0.500 of `token`."
+    )
+    below = [make_share("token", -0.1, None, -0.2)]
+    assert next(iter(list_unseen_losses(below))) == (
+        "`token` is worse than the base alone on the mean."
     )
     worse = [make_share("token", 0.1, None, 0.1)]
     assert [*list_unseen_losses(worse)][:2] == [
