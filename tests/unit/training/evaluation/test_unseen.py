@@ -18,6 +18,7 @@ from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
 from tests.unit.training.evaluation.test_average_precision import draw_scenes
 from training.baselines import TrainingTasks
+from training.baselines.multi_task import MultiTask
 from training.baselines.soup import Soup
 from training.cli import main
 from training.evaluation.average_precision import score_scenes
@@ -30,6 +31,7 @@ from training.evaluation.unseen import (
     UnseenEvaluation,
     UnseenSettings,
 )
+from training.evaluation.unseen_methods import build_method
 from training.evaluation.unseen_shares import summarize_unseen
 from training.evaluation.unseen_suites import DetectionSuite, TextSuite, keep_draws
 from training.pipeline import Pipeline
@@ -297,6 +299,15 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
     assert (soup.outcomes.wins, soup.outcomes.losses) == (2, 0)
     assert examples.outcomes is not None
     assert examples.outcomes.losses == 2
+
+
+def test_the_multi_task_adapter_learns_more_slowly_than_a_fine_tuning(run: RunDir) -> None:
+    method = build_method("multi_task", run.recipe)
+    with Pipeline(run).open_through_base(2, seed=0) as through_base:
+        built = method.build(through_base)
+    assert isinstance(built, MultiTask)
+    assert built.learning_rate == run.recipe.finetune.learning_rate / 4
+    assert built.num_steps == 4
 
 
 def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
