@@ -150,9 +150,9 @@ def evaluate_unseen(
         if pipeline.detection is None
         else DetectionSuite(pipeline.base, pipeline.detection)
     )
-    prompts = {method.prompt for method in methods.values() if method.prompt is not None}
-    if not prompts <= {*suite.prompts}:
-        raise InvalidInputError("only text tasks have prompts: leave out what follows a +")
+    prompted = any(method.prompt is not None for method in methods.values())
+    if prompted and pipeline.detection is not None:
+        raise InvalidInputError("detection reads its words anyway: leave out what follows a +")
     job = UnseenEvaluation(pipeline, methods, suite, settings)
     with show_progress("unseen", job.num_scores) as show:
         scores = job.score(show)

@@ -145,13 +145,13 @@ class TextSuite:
 class DetectionSuite:
     """AP50 on the test scenes, with its draws of instances.
 
-    The base alone is asked in words that it was trained on, its best case; with an adapter it is
-    asked in the held-out words that the adapter is made from.
+    The base alone is asked in words that it was trained on, its best case, and as `description` in
+    the held-out words; with an adapter it is asked in these, which the adapter is made from.
     """
 
     base: BaseModel
     data: DetectionData
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ("description",)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -172,8 +172,8 @@ class DetectionSuite:
     ) -> Float[Tensor, " values"]:
         """AP50, and after it AP50 of each draw of instances."""
         assert isinstance(task, DetectionTask), "text tasks have no scenes"
-        assert prompt is None, "there are no prompts to compare with"
-        asked = (task.descriptions if vector is None else task.heldout_descriptions)[0]
+        plain = vector is None and prompt is None
+        asked = (task.descriptions if plain else task.heldout_descriptions)[0]
         found = find_boxes(self.base, attachment, vector, self._features, asked)
         return keep_draws(score_category(found, self.data.test.objects, task.name).matches50)
 

@@ -40,7 +40,8 @@ _ABOUT: Mapping[str, str] = {
     "same words, and `+examples` an adapter from words behind the examples.",
     "detection": "Every category is scored by methods that never saw its adapters or "
     "descriptions. A share of 0 is the base, asked in words that it was trained on, 1 the "
-    "category's own adapter, in AP50 on composited test scenes. Learning rate and steps of "
+    "category's own adapter, in AP50 on composited test scenes; `description` is the base asked in "
+    "the unseen words that adapters are made from and asked in. Learning rate and steps of "
     "training through the base were chosen on the first of the folds.",
 }
 

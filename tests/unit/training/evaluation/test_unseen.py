@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.errors import InvalidInputError
 from service.synthesis.attachment import Attachment
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
@@ -21,7 +22,9 @@ from training.baselines import TrainingTasks
 from training.baselines.multi_task import MultiTask
 from training.baselines.soup import Soup
 from training.cli import main
-from training.evaluation.average_precision import score_scenes
+from training.evaluation.average_precision import score_category, score_scenes
+from training.evaluation.boxes import find_boxes
+from training.evaluation.run import evaluate_unseen
 from training.evaluation.steering import CONSTANT
 from training.evaluation.text import GIBBERISH, sum_window_nll
 from training.evaluation.unseen import (
@@ -212,12 +215,26 @@ def test_detection_tasks_are_scored_on_the_test_scenes(
     suite = DetectionSuite(pipeline.base, pipeline.detection)
     job = UnseenEvaluation(pipeline, {"soup": Method(lambda _: Soup())}, suite, SETTINGS)
     scores = job.score(lambda step, **_: None)
-    labels = {"base", "own.0", "soup.0", *(f"soup.0.{kind}" for kind in WRONG)}
+    labels = {"base", "description", "own.0", "soup.0", *(f"soup.0.{kind}" for kind in WRONG)}
     assert {name: set(each) for name, each in scores.items()} == {"chair": labels, "sofa": labels}
     attachment = Attachment(pipeline.base.model, pipeline.bases)
     other = job.training_tasks.without("sofa").own_adapters[0].half().float()
     sofa = next(task for task in pipeline.tasks if task.name == "sofa")
     torch.testing.assert_close(scores["sofa"]["soup.0"], suite.score(attachment, sofa, other))
+    asked = []
+    for label, words in (
+        ("base", sofa.descriptions[0]),
+        ("description", sofa.heldout_descriptions[0]),
+    ):
+        found = find_boxes(pipeline.base, attachment, None, suite._features, words)
+        asked.append(found)
+        scored = score_category(found, pipeline.detection.test.objects, "sofa").matches50
+        torch.testing.assert_close(scores["sofa"][label], keep_draws(scored))
+    assert asked[0] != asked[1]
+    with pytest.raises(InvalidInputError, match="detection reads its words anyway"):
+        evaluate_unseen(
+            pipeline.run, ["soup+description"], SETTINGS, num_windows=1, window_tokens=9, out=None
+        )
 
 
 def test_detection_shares_are_of_ap_on_the_same_draws(
