@@ -107,8 +107,12 @@ def build_detection_loss(
     """
     source = data.train
     examples = draw_examples(task, data.tasks, source, section, num_examples, seed, unseen)
-    drawn, places = torch.unique(examples.scenes, return_inverse=True)
-    features = encode_scenes(base, source, drawn.tolist())
+    stored: Any = getattr(source, "stored", None)
+    if stored is not None:  # a copy a task would be gigabytes
+        features, places = stored.features, examples.scenes
+    else:
+        drawn, places = torch.unique(examples.scenes, return_inverse=True)
+        features = encode_scenes(base, source, drawn.tolist())
     # Fused attention is the slower one on a CPU: its backward pass takes half of a step.
     base.model.model.language_model.set_attn_implementation("eager")
     vocabulary = BoxVocabulary.of(base.model, base.processor)
