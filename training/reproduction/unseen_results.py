@@ -37,7 +37,8 @@ _ABOUT: Mapping[str, str] = {
     "texts nor its descriptions. A share of 0 is the base, 1 the task's own adapter, in NLL of "
     "held-out windows; `description` and `examples` are prompts for the base, eight examples of "
     "together 512 tokens; `+description` is an adapter and the prompt together, all from the "
-    "same words, and `+examples` an adapter from words behind the examples.",
+    "same words, and `+examples` an adapter from words behind the examples. Steps and prompt of "
+    "training through the base were chosen on the first of the folds.",
     "detection": "Every category is scored by methods that never saw its adapters or "
     "descriptions. A share of 0 is the base, asked in words that it was trained on, 1 the "
     "category's own adapter, in AP50 on composited test scenes; `description` is the base asked in "
