@@ -14,7 +14,7 @@ from training.evaluation.bundle_base import load_bundle_base
 from training.evaluation.pictures import draw_comparison
 from training.evaluation.unseen import UnseenEvaluation, UnseenSettings
 from training.evaluation.unseen_methods import build_method
-from training.evaluation.unseen_shares import render_shares, summarize_unseen
+from training.evaluation.unseen_shares import average_scores, render_shares, summarize_unseen
 from training.evaluation.unseen_suites import DetectionSuite, TextSuite, UnseenSuite
 from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
@@ -160,7 +160,7 @@ def evaluate_unseen(
     families = dict(zip(tasks.names, tasks.families, strict=True))
     own_seeds = run.recipe.finetune.seeds
     results = summarize_unseen(scores, families, names, suite, settings.seeds, own_seeds)
-    table = render_shares(results)
+    table = render_shares(results, suite.unit)
     print(table)
     if out is None:
         return
@@ -172,6 +172,11 @@ def evaluate_unseen(
         "hardware": report.describe_hardware(),
         "methods": {name: dict(method.options) for name, method in methods.items()},
         "families": families,
+        "unit": suite.unit,
+        "base": average_scores(suite, [[each["base"]] for each in scores.values()]),
+        "own": average_scores(
+            suite, [[each[f"own.{seed}"] for seed in own_seeds] for each in scores.values()]
+        ),
         "results": [asdict(result) for result in results],
     }
     write_text(out / "unseen.json", json.dumps(body, indent=1) + "\n")

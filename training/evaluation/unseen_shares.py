@@ -1,5 +1,6 @@
 """What the scores of unseen tasks say: shares of the headroom, and who is ahead of whom."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class MethodShare:
 
     Attributes:
         name: of the method, or `description` and `examples` for prompts.
+        score: mean over all tasks, in the suite's unit, seeds averaged.
         share: mean share of the headroom over the tasks that have some, seeds averaged.
         tasks: share of each task; None where it has no headroom.
         gibberish: the same of what it makes of gibberish; None for prompts.
@@ -31,6 +33,7 @@ class MethodShare:
     """
 
     name: str
+    score: float
     share: MeanShare
     tasks: Mapping[str, float | None]
     gibberish: MeanShare | None
@@ -94,8 +97,14 @@ def summarize_unseen(
             task: None if each.share is None else each.share.value
             for task, each in shares[name].items()
         }
-        results.append(MethodShare(name, share, tasks, gibberish, behind, outcomes, margins))
+        score = average_scores(suite, [_take(each, labels) for each in scores.values()])
+        results.append(MethodShare(name, score, share, tasks, gibberish, behind, outcomes, margins))
     return sorted(results, key=lambda result: -result.share.mean.value)
+
+
+def average_scores(suite: UnseenSuite, scores: Sequence[Sequence[Score]]) -> float:
+    """Mean over tasks, in the suite's unit; of each task several seeds are averaged."""
+    return statistics.mean(suite.read(each) for each in scores)
 
 
 def _take(scores: Mapping[str, Score], labels: Sequence[str]) -> list[Score]:
@@ -127,17 +136,19 @@ def _compare_means(
     return average_by_family(differences, families)
 
 
-def render_shares(results: Sequence[MethodShare]) -> str:
+def render_shares(results: Sequence[MethodShare], unit: str) -> str:
     """Markdown table, a row a method; the last columns are of the judged method against it."""
     lines = [
-        "| method | share of headroom | from gibberish | ahead of it by | wins, ties, losses |",
-        "|---|--:|--:|--:|--:|",
+        f"| method | {unit} | share of headroom | from gibberish | ahead of it by "
+        "| wins, ties, losses |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for result in results:
         gibberish = "" if result.gibberish is None else f"{result.gibberish.mean.value:.3f}"
         counts = result.outcomes
         lines.append(
-            f"| {result.name} | {render_interval(result.share.mean)} | {gibberish} | "
+            f"| {result.name} | {result.score:.3f} | {render_interval(result.share.mean)} | "
+            f"{gibberish} | "
             f"{'' if result.behind is None else render_interval(result.behind)} | "
             f"{'' if counts is None else f'{counts.wins}, {counts.ties}, {counts.losses}'} |"
         )

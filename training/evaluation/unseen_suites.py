@@ -44,6 +44,11 @@ class UnseenSuite(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """Of what `read` gives."""
+        ...
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """All that a score depends on besides task and adapter, as JSON."""
         ...
@@ -67,6 +72,10 @@ class UnseenSuite(Protocol):
         """
         ...
 
+    def read(self, scores: Sequence[Score]) -> float:
+        """A task's score in `unit`; several fine-tunings or seeds are averaged."""
+        ...
+
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]
     ) -> HeadroomShare:
@@ -87,6 +96,7 @@ class TextSuite:
     window_tokens: int
     window_seed: int = 0
     prompts: tuple[str, ...] = ("description", "examples")
+    unit: str = "nats a token"
     _windows: dict[str, Int[Tensor, "windows window_tokens"]] = field(default_factory=dict)
 
     @property
@@ -115,6 +125,10 @@ class TextSuite:
             shots = task.train[:NUM_EXAMPLES]
             prefix = prompt_with_examples(self.base, shots, EXAMPLE_TOKENS)
         return sum_window_nll(self.base, attachment, vector, self.cut(task), prefix)
+
+    def read(self, scores: Sequence[Score]) -> float:
+        """NLL per token."""
+        return float(_average(scores).sum() / self._tokens.sum())
 
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]
@@ -152,6 +166,7 @@ class DetectionSuite:
     base: BaseModel
     data: DetectionData
     prompts: tuple[str, ...] = ("description",)
+    unit: str = "AP50"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -176,6 +191,10 @@ class DetectionSuite:
         asked = (task.descriptions if plain else task.heldout_descriptions)[0]
         found = find_boxes(self.base, attachment, vector, self._features, asked)
         return keep_draws(score_category(found, self.data.test.objects, task.name).matches50)
+
+    def read(self, scores: Sequence[Score]) -> float:
+        """AP50."""
+        return float(_average(scores)[0])
 
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]

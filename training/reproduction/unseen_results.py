@@ -98,8 +98,11 @@ def render_unseen(suite: str, found: UnseenResults) -> Iterator[str]:
         + ", ".join(f"`{name}` {value}" for name, value in kept.items() if value is not None)
         + f"; commit `{document['commit']}`; {describe_machine(document['hardware'])}."
     )
-    yield render_shares(found.results)
-    yield _READING
+    yield render_shares(found.results, document["unit"])
+    yield (
+        f"{document['unit']}: mean over all tasks, of the base {document['base']:.3f}, of own "
+        f"adapters {document['own']:.3f}. {_READING}"
+    )
     if ablations := list(_list_ablations(found)):
         yield "What each ingredient is worth:"
         yield "\n".join(

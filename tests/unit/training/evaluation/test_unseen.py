@@ -251,6 +251,7 @@ def test_detection_shares_are_of_ap_on_the_same_draws(
     assert share.value == pytest.approx(float(generated[0] / own[0]))
     assert 0 < share.low < share.value < share.high < 1
     assert suite.measure_share(base, [base], [generated]).share is None
+    assert suite.read([own, base]) == pytest.approx(float(own[0] + base[0]) / 2)
     ahead = suite.compare([own, own], [generated])
     assert ahead.value == pytest.approx(float(own[0] - generated[0]))
     assert 0 < ahead.low < ahead.value
@@ -304,6 +305,8 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
     assert shares == pytest.approx({"examples": 1.0, "ours": 0.75, "soup": 0.4, "description": 0.0})
     assert [result.name for result in results] == ["examples", "ours", "soup", "description"]
     examples, ours, soup, _ = results
+    assert suite.read([own - 5, own + 5]) == pytest.approx(float(own.mean()) / 32)
+    assert ours.score == pytest.approx(float(own.mean() + 25) / 32)
     assert ours.gibberish is not None
     assert ours.gibberish.mean.value == pytest.approx(0.1)
     assert (ours.behind, ours.outcomes) == (None, None)

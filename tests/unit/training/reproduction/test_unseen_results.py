@@ -22,6 +22,7 @@ def make_share(name: str, share: float, behind: float | None, gibberish: float) 
 
     return MethodShare(
         name,
+        3.0 - share,
         mean(share),
         {"a": share + 0.2, "b": share - 0.2, "c": None},
         mean(gibberish),
@@ -45,6 +46,9 @@ def results(tmp_path: Path) -> Path:
             "commit": "abc1234",
             "hardware": {"processor": "CPU", "cores": 2, "accelerator": "none", "torch": "2"},
             "families": {"a": "x", "b": "y", "c": "y"},
+            "unit": "nats a token",
+            "base": 3.0,
+            "own": 2.0,
             "results": [asdict(share) for share in shares],
         }
         path = tmp_path / folder / "unseen.json"
@@ -140,6 +144,7 @@ def test_losses_name_who_is_ahead(results: Path) -> None:
 def test_the_document_has_a_section_of_each_suite(results: Path, tmp_path: Path) -> None:
     text = render_document(results, results, results)
     assert "3 tasks in 2 families, fine-tuning seeds 0, 1, seeds of the methods 0;" in text
-    assert text.count("| nearest | 0.620 (0.520 to 0.720) |") == 2
+    assert text.count("| nearest | 2.380 | 0.620 (0.520 to 0.720) |") == 2
+    assert "nats a token: mean over all tasks, of the base 3.000, of own adapters 2.000." in text
     (results / UNSEEN_DIRS["text"] / "unseen.json").unlink()
     assert "Not measured yet: `icm-lora unseen`" in render_document(results, results, results)
