@@ -28,6 +28,8 @@ class MethodShare:
         gibberish: the same of what it makes of gibberish; None for prompts.
         behind: mean share of the judged method minus this one's; None for itself.
         outcomes: wins, ties and losses of the judged method against this one, by task.
+        better_by: how much better the judged method's score is than this one's, mean over all
+            tasks, also those without headroom; None for itself.
         margins: steering margin of each task with headroom: its share, less that from the best
             wrong words; None where only gibberish was tried.
     """
@@ -39,6 +41,7 @@ class MethodShare:
     gibberish: MeanShare | None
     behind: Interval | None
     outcomes: Outcomes | None
+    better_by: Interval | None
     margins: Mapping[str, float] | None = None
 
 
@@ -77,7 +80,7 @@ def summarize_unseen(
     shares = {name: measure(labels) for name, labels in subjects.items()}
     results = []
     for name, labels in subjects.items():
-        gibberish = behind = outcomes = margins = None
+        gibberish = behind = outcomes = better_by = margins = None
         if name in methods:
             told = WRONG if name == methods[0] else ("gibberish",)
             wrong = {kind: measure([f"{label}.{kind}" for label in labels]) for kind in told}
@@ -86,11 +89,13 @@ def summarize_unseen(
                 margins = _measure_margins(shares[name], [*wrong.values()])
         if name != methods[0]:
             behind = _compare_means(shares[methods[0]], shares[name], families)
-            outcomes = count_outcomes(
-                [
-                    judge_difference(suite.compare(_take(each, ours), _take(each, labels)))
-                    for each in scores.values()
-                ]
+            compared = {
+                task: suite.compare(_take(each, ours), _take(each, labels))
+                for task, each in scores.items()
+            }
+            outcomes = count_outcomes([judge_difference(each) for each in compared.values()])
+            better_by = average_by_family(
+                {task: each.value for task, each in compared.items()}, families
             )
         share = average_shares(shares[name], families)
         tasks = {
@@ -98,7 +103,9 @@ def summarize_unseen(
             for task, each in shares[name].items()
         }
         score = average_scores(suite, [_take(each, labels) for each in scores.values()])
-        results.append(MethodShare(name, score, share, tasks, gibberish, behind, outcomes, margins))
+        results.append(
+            MethodShare(name, score, share, tasks, gibberish, behind, outcomes, better_by, margins)
+        )
     return sorted(results, key=lambda result: -result.share.mean.value)
 
 
@@ -139,15 +146,17 @@ def _compare_means(
 def render_shares(results: Sequence[MethodShare], unit: str) -> str:
     """Markdown table, a row a method; the last columns are of the judged method against it."""
     lines = [
-        f"| method | {unit} | share of headroom | from gibberish | ahead of it by "
+        f"| method | {unit} | better by | share of headroom | from gibberish | ahead of it by "
         "| wins, ties, losses |",
-        "|---|--:|--:|--:|--:|--:|",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for result in results:
         gibberish = "" if result.gibberish is None else f"{result.gibberish.mean.value:.3f}"
         counts = result.outcomes
         lines.append(
-            f"| {result.name} | {result.score:.3f} | {render_interval(result.share.mean)} | "
+            f"| {result.name} | {result.score:.3f} | "
+            f"{'' if result.better_by is None else render_interval(result.better_by)} | "
+            f"{render_interval(result.share.mean)} | "
             f"{gibberish} | "
             f"{'' if result.behind is None else render_interval(result.behind)} | "
             f"{'' if counts is None else f'{counts.wins}, {counts.ties}, {counts.losses}'} |"

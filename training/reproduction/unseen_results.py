@@ -55,9 +55,11 @@ _ABLATIONS: Mapping[str, str] = {
 """What a method lacks of `in_context_functional`, both behind the same prompt or behind none."""
 
 _READING = (
-    "Intervals of the mean draw whole families. `ahead of it by` is the judged method's mean share "
-    "less that of the row's; wins, ties and losses are its tasks against the row's, by paired "
-    "intervals. `from gibberish` is the same method told random letters."
+    "Intervals of the mean draw whole families. `better by` is by how much the judged method's "
+    "mean over all tasks is better than the row's, also where there is no headroom. "
+    "`ahead of it by` is the judged method's mean share less that of the row's; wins, ties and "
+    "losses are its tasks against the row's, by paired intervals. `from gibberish` is the same "
+    "method told random letters."
 )
 
 
@@ -181,13 +183,19 @@ def list_unseen_targets(suite: str, found: UnseenResults) -> Iterator[tuple[str,
         and not each.name.startswith(OURS)
         and (each.name in SIMPLE if suite == "detection" else not each.name.endswith(BY_EXAMPLES))
     ]
-    beaten = [each for each in rivals if each.behind is not None and each.behind.low > 0]
-    yield (
-        f"unseen {suite}: significantly ahead",
-        f"of {len(beaten)} of {len(rivals)} methods",
-        "of all that use no examples" if suite == "text" else f"of {', '.join(SIMPLE)}",
-        len(beaten) == len(rivals),
-    )
+    target = "of all that use no examples" if suite == "text" else f"of {', '.join(SIMPLE)}"
+    leads = {
+        "share of headroom": [each.behind for each in rivals],
+        found.document["unit"]: [each.better_by for each in rivals],
+    }
+    for measure, lead in leads.items():
+        beaten = sum(each is not None and each.low > 0 for each in lead)
+        yield (
+            f"unseen {suite}: significantly ahead, {measure}",
+            f"of {beaten} of {len(rivals)} methods",
+            target,
+            beaten == len(rivals),
+        )
     if judged.margins is not None:
         steered = sum(margin > 0 for margin in judged.margins.values())
         yield (

@@ -307,6 +307,10 @@ def test_shares_and_outcomes_are_of_the_judged_method(run: RunDir) -> None:
     examples, ours, soup, _ = results
     assert suite.read([own - 5, own + 5]) == pytest.approx(float(own.mean()) / 32)
     assert ours.score == pytest.approx(float(own.mean() + 25) / 32)
+    assert ours.better_by is None
+    assert soup.better_by is not None
+    assert soup.better_by.value == pytest.approx(35 / 32)
+    assert soup.better_by.low == pytest.approx(35 / 32)
     assert ours.gibberish is not None
     assert ours.gibberish.mean.value == pytest.approx(0.1)
     assert (ours.behind, ours.outcomes) == (None, None)
