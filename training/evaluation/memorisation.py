@@ -72,21 +72,3 @@ def measure_iou(first: Bool[Tensor, " items"], second: Bool[Tensor, " items"]) -
     """
     union = int((first | second).sum())
     return int((first & second).sum()) / union if union else 1.0
-
-
-def max_error_iou(
-    errors: Bool[Tensor, " items"], others: Mapping[str, Bool[Tensor, "checkpoints items"]]
-) -> float:
-    """Largest IoU of an adapter's errors with those of any training checkpoint.
-
-    Args:
-        errors: of the adapter, on fixed items.
-        others: of the checkpoints on the same items, by task.
-
-    Raises:
-        InvalidInputError: there are no checkpoints.
-    """
-    rows = [row for part in others.values() for row in torch.unbind(part)]
-    if not rows:
-        raise InvalidInputError("there are no training checkpoints to compare with")
-    return max(measure_iou(errors, row) for row in rows)

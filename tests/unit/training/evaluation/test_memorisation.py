@@ -11,7 +11,7 @@ from service.synthesis.layout import AdapterKind
 from tests.fixtures.kernel import PROPERTY, adapt_tiny_net, normal
 from tests.unit.training.evaluation.test_updates import build_dense
 from training.evaluation import memorisation
-from training.evaluation.memorisation import find_nearest_checkpoint, max_error_iou, measure_iou
+from training.evaluation.memorisation import find_nearest_checkpoint, measure_iou
 
 
 @pytest.mark.parametrize("kind", AdapterKind)
@@ -60,15 +60,3 @@ def test_iou_is_scikit_learns_jaccard_score(bits: list[tuple[bool, bool]]) -> No
     first, second = (list(side) for side in zip(*bits, strict=True))
     expected = jaccard_score(first, second, zero_division=1.0)
     assert measure_iou(torch.tensor(first), torch.tensor(second)) == pytest.approx(expected)
-
-
-def test_the_largest_iou_is_over_all_checkpoints() -> None:
-    errors = torch.tensor([True, True, False, False])
-    others = {
-        "a": torch.tensor([[False, True, True, False], [False, False, True, True]]),
-        "b": torch.tensor([[True, True, True, False]]),
-    }
-    assert max_error_iou(errors, {"a": others["a"]}) == 1 / 3
-    assert max_error_iou(errors, others) == 2 / 3
-    with pytest.raises(InvalidInputError, match="no training checkpoints"):
-        max_error_iou(errors, {"a": torch.zeros(0, 4, dtype=torch.bool)})
