@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from service.inference.base_model import BaseModel
+from service.inference.box_decoding import LocatedBox
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import Bundle
 from service.synthesis.synthesizer import Synthesizer, load_synthesizer
@@ -39,7 +40,7 @@ from training.recipe import Recipe
 from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
 from training.task_vectors import AnyTask
 from training.tasks.detection import load_detection_data
-from training.tasks.detection_task import DetectionTask, SceneSource
+from training.tasks.detection_task import Annotation, DetectionTask, SceneSource
 from training.tasks.text import TextTask, load_text_tasks
 
 NUM_WINDOWS = 20
@@ -133,11 +134,17 @@ def find_wrong_scenes(
     task: AnyTask,
     vector: Float[Tensor, " num_params"],
 ) -> Bool[Tensor, " scenes"]:
-    """Scenes with the task's object in which an adapter misses one at IoU 0.5."""
+    """Scenes with the task's object in which an adapter misses one."""
     assert isinstance(task, DetectionTask)
-    prompt = task.heldout_descriptions[0]
-    found = find_boxes(base, attachment, vector, features, prompt)
-    matches = score_category(found, source.objects, task.name).matches50
+    found = find_boxes(base, attachment, vector, features, task.heldout_descriptions[0])
+    return mark_misses(found, source.objects, task.name)
+
+
+def mark_misses(
+    found: Sequence[Sequence[LocatedBox]], objects: Sequence[Sequence[Annotation]], category: str
+) -> Bool[Tensor, " scenes"]:
+    """Of the scenes with an object of the category, where one is missed at IoU 0.5."""
+    matches = score_category(found, objects, category).matches50
     hits = Counter(matches.scene[matches.is_hit].tolist())
     there = Counter(matches.truth_scene.tolist())
     return torch.tensor([hits[scene] < count for scene, count in there.items()])

@@ -8,7 +8,6 @@ errs. Both are read beside the same numbers of an independent fine-tuning of the
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 

@@ -99,6 +99,7 @@ def render_document(results: Path, paper: Path, root: Path) -> str:
         picture = results / folder / "unseen.png"
         if picture.exists():
             parts.append(f"![Unseen tasks: {suite}]({_relate(picture, root)})")
+    parts += ["## Memorisation audit", *_render_audit(results)]
     parts += ["## In-distribution scores", *_render_acceptance(results)]
     for number, title in FIGURES.items():
         parts.append(f"## Figure {number}: {title}")
@@ -200,16 +201,36 @@ def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:
     yield from _render_losses([*list_unseen_losses(found.results)])
 
 
+def _render_audit(results: Path) -> Iterator[str]:
+    yield from _render_tables(
+        "audit",
+        "Are generated adapters copies? Errors and cosines are of updates of the base (delta W): 0 "
+        "and 1 would be the task's own adapter itself, which the generator was trained on; `less "
+        "the mean adapter's` is what it knows beyond what all tasks have in common. `nearest "
+        "other` is the nearest own adapter of another task, its distance relative to the generated "
+        "update. `shared errors` are Jaccard indices of what is got wrong on held-out data: with "
+        "the task's own adapter, and with that other one.",
+        results,
+    )
+
+
 def _render_acceptance(results: Path) -> Iterator[str]:
-    found = [results / name / "acceptance.md" for name in SUITES.values()]
+    yield from _render_tables(
+        "acceptance",
+        "AUROC: the probability that a held-out wording of a training task scores above such "
+        "words, 0.5 if the score cannot tell them apart.",
+        results,
+    )
+
+
+def _render_tables(job: str, about: str, results: Path) -> Iterator[str]:
+    """What a job of `training.evaluation` wrote about each bundle."""
+    found = [results / name / f"{job}.md" for name in SUITES.values()]
     found = [path for path in found if path.exists()]
     if not found:
-        yield "Not measured yet: `python -m training.evaluation.acceptance` measures them."
+        yield f"Not measured yet: `python -m training.evaluation.{job}` measures it."
         return
-    yield (
-        "AUROC: the probability that a held-out wording of a training task scores above such "
-        "words, 0.5 if the score cannot tell them apart."
-    )
+    yield about
     for path in found:
         yield path.read_text(encoding="utf-8").strip()
 
