@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from service.errors import InvalidInputError
 from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
 from training.adapters import MeasureLoss
@@ -42,7 +43,15 @@ class ThroughBase:
     def measure(
         self, vector: Float[Tensor, " num_params"], task: str, examples: Int[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
-        """Loss of an adapter on some of a task's training examples."""
+        """Loss of an adapter on some of a task's training examples.
+
+        Raises:
+            InvalidInputError: the task is unseen.
+        """
+        if task in self.unseen:
+            raise InvalidInputError(
+                f"task {task!r} is unseen here: nothing may learn from its data"
+            )
         self.attachment.rows.vectors = vector[None].to(self.base.device, self.base.dtype)
         loss = self.get_loss(task, self.unseen)(examples)
         self.attachment.rows.vectors = None

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import training.functional
+from service.errors import InvalidInputError
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import read_bundle
 from service.synthesis.normalizer import AdapterNormalizer
@@ -143,6 +144,8 @@ def test_scenes_are_asked_for_in_the_tasks_own_wordings(
                 seed=0,
             )
             expected[share] = measure_loss(numbers)
+        with pytest.raises(InvalidInputError, match=f"'{task.name}' is unseen"):
+            through_base.without([task.name]).measure(vector, task.name, numbers)
     assert torch.equal(loss, expected[1.0])
     assert not torch.equal(loss, expected[0.01])
 
