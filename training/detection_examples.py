@@ -107,9 +107,9 @@ def build_detection_loss(
     """
     source = data.train
     examples = draw_examples(task, data.tasks, source, section, num_examples, seed, unseen)
-    stored: Any = getattr(source, "stored", None)
+    stored = _read_stored(source)
     if stored is not None:  # a copy a task would be gigabytes
-        features, places = stored.features, examples.scenes
+        features, places = stored, examples.scenes
     else:
         drawn, places = torch.unique(examples.scenes, return_inverse=True)
         features = encode_scenes(base, source, drawn.tolist())
@@ -146,9 +146,9 @@ def encode_scenes(
     base: BaseModel, source: SceneSource, numbers: Sequence[int]
 ) -> Float[Tensor, "scenes features rows columns"]:
     """The frozen image tower's features of some scenes, float16; read where they are stored."""
-    stored: Any = getattr(source, "stored", None)
+    stored = _read_stored(source)
     if stored is not None:
-        return stored.features[torch.tensor(numbers)]  # type: ignore[no-any-return]
+        return stored[torch.tensor(numbers)]
     parts = []
     for start in range(0, len(numbers), ENCODED_TOGETHER):
         pictures = [source.read_pixels(i) for i in numbers[start : start + ENCODED_TOGETHER]]
@@ -157,6 +157,14 @@ def encode_scenes(
             hidden = base.model.model.vision_tower(pixels.to(base.device, base.dtype))
         parts.append(hidden.last_hidden_state.half().cpu())
     return torch.cat(parts)
+
+
+def _read_stored(
+    source: SceneSource,
+) -> Float[Tensor, "scenes features rows columns"] | None:
+    """Features of all scenes of a source that keeps them; None of one that does not."""
+    stored: Any = getattr(source, "stored", None)
+    return None if stored is None else stored.features
 
 
 def _draw(pool: Sequence[int], count: int, random: torch.Generator) -> list[int]:

@@ -29,6 +29,7 @@ from tests.bench.measurement import Measurement, conclude
 from tests.fixtures.harness import run_harness, write_task
 from tests.fixtures.http_service import serve_in_thread
 from training.adapters import cut_windows, tokenize_documents
+from training.evaluation.report import name_bundle
 from training.evaluation.text import sum_window_nll
 from training.recipe import Recipe
 from training.tasks.text import load_text_tasks
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = {
         "task": args.task,
         "words": words,
-        "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+        "bundle": name_bundle(bundle),
         "recipe_digest": bundle.provenance["recipe_digest"],
         "dtype": recipe.base.dtype,
         "windows": {"drawn": len(windows), "scored": len(docs), "tokens": args.window_tokens},

@@ -28,7 +28,7 @@ from service.threads import Computations
 from training.adapters import cut_windows, tokenize_documents
 from training.checkpoint import write_text
 from training.evaluation.acceptance import list_unseen_families
-from training.evaluation.report import describe_hardware
+from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.text import sum_window_nll
 from training.pipeline import describe_commit
 from training.progress import show_progress
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = load_text_tasks("families", [*unseen])
     results = measure_refinement(tasks, folder, given.steps, given.windows, given.window_tokens)
     document = {
-        "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+        "bundle": name_bundle(bundle),
         "commit": describe_commit(),
         "hardware": describe_hardware(),
         "settings": {

@@ -20,7 +20,7 @@ import torch
 from service.synthesis.novelty import THRESHOLD, draw_nonsense
 from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 from training.checkpoint import write_text
-from training.evaluation.report import describe_hardware
+from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.statistics import measure_auroc
 
 WORDINGS = {
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = measure_acceptance(synthesizer, name)
         bundle = synthesizer.bundle
         document = {
-            "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+            "bundle": name_bundle(bundle),
             "hardware": describe_hardware(),
             "threshold": THRESHOLD,
             "kinds": [each.__dict__ for each in results],

@@ -32,7 +32,7 @@ from training.evaluation.average_precision import score_category
 from training.evaluation.boxes import find_boxes
 from training.evaluation.bundle_base import load_bundle_base
 from training.evaluation.memorisation import find_nearest_checkpoint, measure_iou
-from training.evaluation.report import describe_hardware
+from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.updates import UpdateError, compare_beyond_mean, compare_updates
 from training.pipeline import describe_commit
 from training.progress import Report, show_progress
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with show_progress(f"audit {suite}", len(tasks)) as report:
             audited = audit_tasks(synthesizer, own, tasks, find_errors, report)
         document = {
-            "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+            "bundle": name_bundle(bundle),
             "commit": describe_commit(),
             "hardware": describe_hardware(),
             "tasks": [asdict(each) for each in audited],

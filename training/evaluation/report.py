@@ -55,6 +55,11 @@ def render_table(results: Sequence[TaskResult]) -> str:
     return "\n".join(lines)
 
 
+def name_bundle(bundle: Bundle) -> dict[str, str]:
+    """What results say of the bundle that they are of, as JSON."""
+    return {"name": bundle.name, "version": bundle.version, "digest": bundle.digest}
+
+
 def write_document(
     folder: Path,
     bundle: Bundle,
@@ -63,7 +68,7 @@ def write_document(
 ) -> None:
     """Writes evaluation.json: what was measured, of which bundle, how and on what."""
     document = {
-        "bundle": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+        "bundle": name_bundle(bundle),
         "provenance": {k: v for k, v in bundle.provenance.items() if k != "recipe"},
         "hardware": describe_hardware(),
         "settings": dict(settings),

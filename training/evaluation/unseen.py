@@ -201,12 +201,11 @@ class UnseenEvaluation:
                 told = [
                     name for name in variants if kind in ("", "gibberish") or name == self.judged
                 ]
-                labels = [f"{name}.{seed}.{kind}".rstrip(".") for name in told]
-                files = [
-                    f"{task.name}.{name}.{kept_as}.{kind}".rstrip(".") + ".safetensors"
-                    for name in told
-                ]
-                paths = [folder / file for file in files]
+                labels, kept = (
+                    [f"{name}.{number}.{kind}".rstrip(".") for name in told]
+                    for number in (seed, kept_as)
+                )
+                paths = [folder / f"{task.name}.{label}.safetensors" for label in kept]
                 make = partial(_read_or_make, paths, fitted, self.unseen_vectors[words])
                 for name, label, path in zip(told, labels, paths, strict=True):
                     yield _Score(task, label, path, make, variants[name].prompt, words)
