@@ -4,10 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-LATE_FACTOR = 2.0
-"""A request is late once it has less than this many times its own duration left."""
+MARGIN = 2.0
+"""Times its own duration that a request is to have left when it starts."""
 
 _KEPT_COUNTS = 256
 """Counts of flows that wait for nothing, beside as many as wait, before half are forgotten."""
@@ -32,6 +33,19 @@ class Queued(Protocol):
     @property
     def deadline(self) -> float:
         """When it must be done."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast work is done.
+
+    Attributes:
+        running: seconds per token of a request that runs.
+        waiting: seconds in which one token's work of all that waits is taken.
+    """
+
+    running: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass
@@ -91,21 +105,22 @@ class _Shares(Generic[ItemT]):
 class FairQueue(Generic[ItemT]):
     """Waiting requests. `pop` takes of the tenant, and of its adapters, that got least so far.
 
-    A request that would miss its deadline otherwise goes before its tenant's others, so that what
-    was let in is answered in time; never before another tenant's, as who floods has the latest
-    ones. Not thread-safe.
+    Adapters take turns as long as the deadlines leave time for it: once one of a tenant's requests
+    could not start in time after all that must start before it, the tenant's are taken in the order
+    in which they must start, so that what was let in is answered in time. They never go before
+    another tenant's, as who floods has the latest ones. Not thread-safe.
 
     Args:
-        estimate_seconds: how long a request takes once it runs.
+        estimate_pace: how fast work is done now.
         clock: as the deadlines.
     """
 
     def __init__(
         self,
-        estimate_seconds: Callable[[ItemT], float] = lambda item: 0.0,
+        estimate_pace: Callable[[], Pace] = Pace,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._estimate_seconds = estimate_seconds
+        self._estimate_pace = estimate_pace
         self._clock = clock
         self._tenants: _Shares[ItemT] = _Shares()
         self._adapters: dict[str, _Shares[ItemT]] = {}
@@ -145,7 +160,7 @@ class FairQueue(Generic[ItemT]):
         tenant = self._tenants.least_served()
         assert tenant is not None
         adapters = self._adapters[tenant]
-        item = self._find_late(adapters) or adapters.flows[adapters.least_served()][0]
+        item = self._find_urgent(tenant) or adapters.flows[adapters.least_served()][0]
         self._tenants.charge(tenant, item.work)
         adapters.charge(item.adapter_id, item.work)
         self.remove(item)
@@ -198,11 +213,23 @@ class FairQueue(Generic[ItemT]):
             self.remove(item)
         return items
 
-    def _find_late(self, adapters: _Shares[ItemT]) -> ItemT | None:
-        """Of the oldest requests of one tenant's adapters the latest, if that is late."""
-        item = min((flow[0] for flow in adapters.flows.values()), key=lambda each: each.deadline)
-        left = item.deadline - self._clock()
-        return item if left < LATE_FACTOR * self._estimate_seconds(item) else None
+    def _find_urgent(self, tenant: str) -> ItemT | None:
+        """Of a tenant's requests that which must start first, if there is no time to take turns."""
+        pace, now = self._estimate_pace(), self._clock()
+
+        def must_start(item: ItemT) -> float:
+            return item.deadline - MARGIN * item.work * pace.running
+
+        flows = self._adapters[tenant].flows.values()
+        in_order = sorted(chain.from_iterable(flows), key=must_start)
+        num_tenants, others = len(self._backlogs), self.work - self._backlogs[tenant].work
+        own = 0  # work of the tenant's that must start before
+        for item in in_order:
+            before = min(own * num_tenants, own + others)
+            if now + before * pace.waiting > must_start(item):
+                return in_order[0]
+            own += item.work
+        return None
 
     def _add_work(self, item: ItemT) -> None:
         self.work += item.work

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from service.inference.fair_queue import Pace
+
 MAX_RETRY_SECONDS = 60
 KEPT_SECONDS = 60.0
 """A measurement counts for so long; then requests are let in to find out how it is now."""
@@ -53,14 +55,18 @@ class LoadEstimate:
         if estimated_work > 0 and tokens > 0:
             self._used += _WEIGHT * (min(1.0, tokens / estimated_work) - self._used)
 
+    def estimate_pace(self) -> Pace:
+        """How fast work is done now; what runs may take as long as its work is estimated."""
+        seconds = self._full_step_seconds()
+        return Pace(seconds, seconds * self._used / self._max_rows)
+
     def estimate_seconds(self, work: int) -> float:
         """Most that a request takes once it runs."""
-        return work * self._full_step_seconds()
+        return work * self.estimate_pace().running
 
     def estimate_wait(self, queued_work: int, running_work: Sequence[int]) -> float:
         """Time until what waits is done; what runs is half done on average."""
-        work = (queued_work + sum(running_work) / 2) * self._used
-        return work * self._full_step_seconds() / self._max_rows
+        return (queued_work + sum(running_work) / 2) * self.estimate_pace().waiting
 
     def round_retry(self, wait_seconds: float) -> int:
         """Whole seconds for a `Retry-After`."""

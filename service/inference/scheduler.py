@@ -155,9 +155,7 @@ class Scheduler(Generic[RequestT, AnswerT]):
         self._batch_window_seconds = batch_window_seconds
         self._observer = observer
         self._load = LoadEstimate(max_batch_rows)
-        self._queue: FairQueue[_Job[RequestT, AnswerT]] = FairQueue(
-            lambda job: self._load.estimate_seconds(job.work)
-        )
+        self._queue: FairQueue[_Job[RequestT, AnswerT]] = FairQueue(self._load.estimate_pace)
         self._running: dict[_Job[RequestT, AnswerT], None] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()

@@ -1,13 +1,17 @@
 """Who is next: tenants and adapters in turn, whatever was pushed and however late it is."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from random import Random
+from statistics import fmean
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.fair_queue import Backlog, FairQueue
+from service.inference.fair_queue import Backlog, FairQueue, Pace
+from service.inference.load import LoadEstimate
 
 
 @dataclass(eq=False)
@@ -91,7 +95,7 @@ def test_a_flood_whose_requests_are_all_late_does_not_hold_back_another() -> Non
 
 def test_what_is_late_goes_before_its_tenants_other_adapters_and_nobody_elses() -> None:
     now = 0.0
-    queue = FairQueue[Item](lambda item: item.work / 10, lambda: now)
+    queue = FairQueue[Item](lambda: Pace(running=0.1), lambda: now)
     first = Item("flood", work=100, deadline=200)
     quiet = [Item("quiet", deadline=1000), Item("quiet", deadline=1000)]
     for item in (first, *quiet):
@@ -104,6 +108,56 @@ def test_what_is_late_goes_before_its_tenants_other_adapters_and_nobody_elses() 
     now = 28.5
     assert queue.pop() is quiet[1]
     assert queue.pop() is older
+
+
+def test_adapters_take_turns_only_while_all_can_be_done_in_time() -> None:
+    now = 0.0
+    queue = FairQueue[Item](lambda: Pace(running=0.1, waiting=0.1), lambda: now)
+    popular = [Item(adapter_id="popular", deadline=11 + number) for number in range(10)]
+    for item in popular:
+        queue.push(item)
+    rare = [Item(adapter_id="rare", deadline=60), Item(adapter_id="rare", deadline=60)]
+    for item in rare:
+        queue.push(item)
+    assert [queue.pop(), queue.pop()] == [popular[0], rare[0]]
+    now = 10.0
+    assert queue.pop() is popular[1]
+    now = 11.5
+    assert queue.pop() is popular[2]  # not the rare one, or the last of these were late
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_let_in_above_capacity_is_done_in_time(seed: int) -> None:
+    random, now = Random(seed), 0.0
+    rows, tokens, step_seconds, deadline_seconds = 16, 32, 0.03, 20.0
+    load = LoadEstimate(rows, lambda: now)
+    queue = FairQueue[Item](load.estimate_pace, lambda: now)
+    popularity = [1 / (rank + 1) ** 1.1 for rank in range(32)]
+    arrival, arrival_rate = 0.0, 3 * rows / (tokens * step_seconds)
+    running: dict[Item, int] = {}
+    waits: dict[str | None, list[float]] = defaultdict(list)
+    while now < 60 or running or queue:
+        while arrival <= min(now, 60):
+            (rank,) = random.choices(range(32), popularity)
+            item = Item(adapter_id=str(rank), work=tokens + 8, deadline=arrival + deadline_seconds)
+            before = queue.estimate_work_before(item.tenant, item.work)
+            wait = load.estimate_wait(before, [each.work for each in running])
+            if wait + load.estimate_seconds(item.work) <= 0.8 * deadline_seconds:
+                queue.push(item)
+            arrival += random.expovariate(arrival_rate)
+        while queue and len(running) < rows:
+            running[queue.pop()] = tokens
+        now += step_seconds
+        load.observe_step(len(running), step_seconds)
+        for item in list(running):
+            running[item] -= 1
+            if not running[item]:
+                del running[item]
+                load.observe_answer(item.work, tokens)
+                assert now <= item.deadline
+                waits[item.adapter_id].append(now - item.deadline + deadline_seconds)
+    assert sum(map(len, waits.values())) > 1000
+    assert fmean(waits["30"]) < fmean(waits["0"]) / 2  # the rare one's turn comes sooner
 
 
 def test_a_request_put_back_is_the_next_of_its_flow() -> None:
