@@ -1,6 +1,9 @@
 """Threads that pause give their workers back, and compute as before afterwards."""
 
 import asyncio
+import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -44,6 +47,57 @@ def test_the_workers_of_a_thread_that_computed_end() -> None:
     may_end.set()
     thread.join()
     assert counts[1] < counts[0]
+
+
+_COMPUTE = """
+import json, os, threading
+from pathlib import Path
+from service.threads import binding_workers, releasing
+
+def affinities():
+    return {int(task.name): sorted(os.sched_getaffinity(int(task.name)))
+            for task in Path("/proc/self/task").iterdir()}
+
+with binding_workers(int(os.environ.get("THREADS", 0))):
+    import torch
+known = affinities()
+
+def compute():
+    torch.ones(1 << 20).mul(2).sum()
+    found["running"] = [each for task, each in affinities().items() if task not in known]
+
+def pause():
+    releasing(compute)()
+    found["paused"] = sorted(os.sched_getaffinity(0))
+
+found = {"main": affinities()[os.getpid()]}
+thread = threading.Thread(target=pause)
+thread.start()
+thread.join()
+print(json.dumps(found))
+"""
+
+
+def _run_compute(**environment: str) -> dict[str, Any]:
+    clean = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    command = [sys.executable, "-c", _COMPUTE]
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.get_num_threads() < 2, reason="there are no workers"
+)
+def test_threads_of_a_team_are_bound_to_cores_of_their_own_and_no_other_thread_is() -> None:
+    everywhere = sorted(os.sched_getaffinity(0))
+    found = _run_compute()
+    assert len(found["running"]) == torch.get_num_threads()
+    assert not set.intersection(*map(set, found["running"]))
+    assert found["main"] == found["paused"] == everywhere
+    for free in (_run_compute(THREADS="2"), _run_compute(OMP_PROC_BIND="false")):
+        assert all(each == everywhere for each in free["running"])
 
 
 def test_results_and_errors_pass_through() -> None:
