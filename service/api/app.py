@@ -137,6 +137,7 @@ async def _load(state: ServiceState) -> asyncio.Task[None] | None:
         return None
     if state.phase is not Phase.LOADING:
         return None
+    state.on_loaded()
     state.phase = Phase.READY
     resources, fields = state.resources, {}
     for service in resources.services:

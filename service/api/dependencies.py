@@ -42,6 +42,7 @@ class ServiceState:
         started: Unix time at which the application was built.
         running_requests: that were let in and are not yet answered in full.
         refuses_requests: whether new ones are refused, for good.
+        on_loaded: called when the models are loaded, before the first request.
         on_load_failure: called when loading failed, so that the process can end.
     """
 
@@ -54,6 +55,7 @@ class ServiceState:
     started: int = field(default_factory=lambda: int(time.time()))
     running_requests: int = 0
     refuses_requests: bool = False
+    on_loaded: Callable[[], None] = field(default=lambda: None)
     on_load_failure: Callable[[], None] = field(default=lambda: None)
 
     @property
