@@ -109,8 +109,10 @@ def serve(settings: Settings) -> int:
 
 
 def _freeze_objects() -> None:
-    """Has Python's collector never look at models and libraries again: it would for 0.3 s, with
-    every thread stopped, whenever a few hundred thousand objects were made."""
+    """Has Python's collector never look at models and libraries again.
+
+    It would for 0.3 s, with every thread stopped, as often as many objects were made since.
+    """
     gc.collect()
     gc.freeze()
 

@@ -148,8 +148,8 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=0,
-            description="CPU threads of one torch operation; 0 leaves torch's own choice, and binds "
-            "each to a core.",
+            description="CPU threads of one torch operation; 0 leaves torch's own choice, and "
+            "binds each to a core.",
             json_schema_extra=_unit("threads"),
         ),
     ] = 0
