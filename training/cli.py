@@ -382,7 +382,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.task is None:
         raise InvalidInputError("describe the task in words")
     from service.adapters.peft_format import write_peft_directory
-    from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
+    from service.synthesis.adapter_recipe import AdapterRecipe
+    from service.synthesis.synthesizer import load_synthesizer
 
     synthesizer = load_synthesizer(arguments.bundle or REPOSITORY_BUNDLE)
     bundle = synthesizer.bundle

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.errors import InvalidInputError
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 
 RESERVED_NAME = "base"
 NAME_PATTERN = r"[A-Za-z0-9._-]{1,64}"

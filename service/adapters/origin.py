@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 
 
 @dataclass(frozen=True)

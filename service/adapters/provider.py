@@ -19,9 +19,10 @@ from service.errors import (
     NotCachedError,
     NotReadyError,
 )
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.example_tasks import ExampleTexts
 from service.synthesis.refinement import Refined, Refinement
-from service.synthesis.synthesizer import VECTOR_DTYPE, AdapterRecipe, Examples, Synthesizer
+from service.synthesis.synthesizer import VECTOR_DTYPE, Examples, Synthesizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

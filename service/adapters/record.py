@@ -12,10 +12,10 @@ from torch import Tensor
 
 from service.adapters.origin import AdapterUpload, Origin
 from service.errors import InvalidAdapterError, InvalidInputError
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.layout import AdapterLayout
 from service.synthesis.synthesizer import (
     VECTOR_DTYPE,
-    AdapterRecipe,
     NearestTask,
     SynthesizedAdapter,
     digest_vector,

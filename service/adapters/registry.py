@@ -17,7 +17,7 @@ from service.errors import (
     InvalidInputError,
     RegistryUnavailableError,
 )
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 
 MAX_NAMES = 10_000
 """Names of a tenant, with those that ended within `MEMORY_SECONDS`."""

@@ -7,12 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import IcmLoraError, QueueFullError
-from service.synthesis.synthesizer import (
-    AdapterRecipe,
-    Examples,
-    SynthesizedAdapter,
-    Synthesizer,
-)
+from service.synthesis.adapter_recipe import AdapterRecipe
+from service.synthesis.synthesizer import Examples, SynthesizedAdapter, Synthesizer
 from service.threads import Computations
 
 MAX_BATCH = 4

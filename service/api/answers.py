@@ -16,9 +16,10 @@ from service.api.schemas import (
     RecipeInfo,
     RefinementInfo,
 )
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import Bundle
 from service.synthesis.refinement import Refined
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 
 MAX_NEAREST_TASKS = 5
 

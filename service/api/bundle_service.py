@@ -26,8 +26,9 @@ from service.inference.scheduler import Scheduler
 from service.inference.text import TextEngine
 from service.metrics import ServiceMetrics
 from service.settings import Settings
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import Bundle
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from service.threads import releasing
 from service.tracing import trace
 

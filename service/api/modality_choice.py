@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from service.api.schemas import Modality
 from service.errors import InvalidInputError
-from service.synthesis.synthesizer import Synthesizer, normalize_description
+from service.synthesis.adapter_recipe import normalize_description
+from service.synthesis.synthesizer import Synthesizer
 from service.threads import Computations
 
 MAX_REMEMBERED = 4096

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from service.adapters.distribution import OutOfDistribution
+from service.synthesis.adapter_recipe import MAX_TASK_CHARACTERS
 from service.synthesis.example_tasks import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLE_TEXTS
 from service.synthesis.refinement import MAX_REFINE_STEPS
-from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 BASE_ADAPTER_ID = "base"
 """The only adapter id that is answered by the base model itself."""

@@ -15,7 +15,7 @@ from service.api.dependencies import ADAPTER_ID_PATTERN, parse_adapter_id
 from service.api.requests import BASE_ADAPTER_ID, InferRequest
 from service.api.resources import Resources
 from service.errors import ForbiddenError, NotCachedError, WrongModalityError
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 
 TASK_PREFIX = "task:"
 """Begins a model name of the OpenAI routes that is a description."""

@@ -8,7 +8,8 @@ from PIL import Image, ImageEnhance
 from service.demo import DETECTION_IMAGE
 from service.inference.base_model import load_base_model
 from service.inference.detection import DetectionEngine, DetectionRequest, Detections
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer, load_synthesizer
+from service.synthesis.adapter_recipe import AdapterRecipe
+from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 
 ROWS = 8
 BOXES = 4

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from service.inference.base_model import BaseModel, load_base_model, prepare_embedded_model
 from service.settings import Settings
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import Bundle, read_bundle
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer, build_synthesizer
+from service.synthesis.synthesizer import Synthesizer, build_synthesizer
 from tests.bench.measurement import Measurement, conclude
 from tests.fixtures.harness import run_harness, write_task
 from tests.fixtures.http_service import serve_in_thread

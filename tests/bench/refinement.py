@@ -20,10 +20,11 @@ from service.inference.base_model import load_base_model
 from service.inference.example_reader import ExampleReader, call_now
 from service.inference.refiner import Refiner
 from service.inference.text import TextEngine
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import read_bundle
 from service.synthesis.example_tasks import ExampleTexts
-from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
+from service.synthesis.synthesizer import load_synthesizer
 from service.threads import Computations
 from training.adapters import cut_windows, tokenize_documents
 from training.checkpoint import write_text

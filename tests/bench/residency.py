@@ -12,8 +12,9 @@ import torch
 
 from service.adapters.cache import ProcessCache
 from service.adapters.record import AdapterRecord
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import read_bundle
-from service.synthesis.synthesizer import AdapterRecipe, NearestTask, digest_vector
+from service.synthesis.synthesizer import NearestTask, digest_vector
 
 BUNDLE = Path("service/bundles/text-smollm2")
 NUM_ADAPTERS = 10_000

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from service.errors import InvalidTaskDataError
-from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
+from service.synthesis.adapter_recipe import AdapterRecipe
+from service.synthesis.synthesizer import load_synthesizer
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
 from training.checkpoint import read_tensors, write_tensors

@@ -16,7 +16,7 @@ from service.api.loading import open_resources
 from service.api.quotas import Quotas
 from service.errors import InvalidBundleError
 from service.metrics import ServiceMetrics
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 from tests.fixtures.http_service import make_both_settings, make_settings, serve_in_thread
 from tests.fixtures.redis_server import RedisServer
 from tests.fixtures.tiny_bundle import TinyBundle

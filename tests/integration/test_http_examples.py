@@ -13,8 +13,9 @@ from safetensors.torch import load
 
 from service.adapters.peft_format import render_peft_files
 from service.inference.base_model import EMBEDDED_TINY, load_base_model
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.example_tasks import MAX_EXAMPLE_TOKENS, ExampleTexts
-from service.synthesis.synthesizer import AdapterRecipe, SynthesizedAdapter
+from service.synthesis.synthesizer import SynthesizedAdapter
 from service.synthesis.task_encoder import HiddenStateEncoder
 from tests.fixtures.http_service import make_both_settings, make_settings, serve_in_thread
 from tests.fixtures.tiny_bundle import TinyBundle, write_tiny_bundle

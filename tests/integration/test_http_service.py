@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.adapters.slot_bank import SlotBank
 from service.api.middleware import CLIENT_CLOSED_REQUEST
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 from tests.fixtures.http_service import make_settings, serve_in_thread
 from tests.fixtures.tiny_bundle import TinyBundle
 

@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 from tests.fixtures.http_service import make_settings, serve_in_thread
 from tests.fixtures.tiny_bundle import TinyBundle
 from tests.fixtures.tiny_chat import add_chat_template

@@ -30,7 +30,7 @@ from service.errors import (
     RegistryUnavailableError,
     WrongModalityError,
 )
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 
 MAX_PAGE = 1000
 

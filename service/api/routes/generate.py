@@ -31,8 +31,8 @@ from service.errors import (
     QuotaExceededError,
     WrongModalityError,
 )
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.example_tasks import ExampleTexts
-from service.synthesis.synthesizer import AdapterRecipe
 
 router = APIRouter(tags=["adapters"], route_class=GuardedRoute)
 

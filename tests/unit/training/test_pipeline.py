@@ -11,8 +11,9 @@ import torch
 import training.generator
 import training.pipeline
 from service.errors import InvalidBundleError, InvalidInputError, InvalidRecipeError
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import read_bundle
-from service.synthesis.synthesizer import AdapterRecipe, load_synthesizer
+from service.synthesis.synthesizer import load_synthesizer
 from tests.fixtures.tiny_open_clip import TinyOpenClip
 from tests.fixtures.tiny_training import make_recipe
 from training.add_examples import add_examples

@@ -15,9 +15,10 @@ from service.adapters.validity import (
     calibrate_gate,
 )
 from service.errors import InvalidAdapterError
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bases import AdapterBases
 from service.synthesis.layout import AdapterKind, AdapterLayout
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from tests.fixtures.kernel import WordEncoder, adapt_tiny_net, normal, write_word_bundle
 
 KINDS = list(AdapterKind)

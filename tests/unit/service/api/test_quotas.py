@@ -9,7 +9,7 @@ from service.api.keys import TenantLimits
 from service.api.quotas import Quotas, TokenBucket
 from service.errors import IcmLoraError, QuotaExceededError, RateLimitedError
 from service.settings import Settings
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 from tests.fixtures.adapter_records import make_recipe, make_record
 
 

@@ -16,8 +16,8 @@ from service.api.requests import (
     InferRequest,
     RequestModel,
 )
+from service.synthesis.adapter_recipe import MAX_TASK_CHARACTERS
 from service.synthesis.example_tasks import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLE_TEXTS
-from service.synthesis.synthesizer import MAX_TASK_CHARACTERS
 
 
 @pytest.mark.parametrize(

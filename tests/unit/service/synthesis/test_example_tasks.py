@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from service.errors import InvalidInputError
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import Bundle
 from service.synthesis.cvae import build_decoder
 from service.synthesis.example_tasks import (
@@ -19,7 +20,7 @@ from service.synthesis.example_tasks import (
     ExampleVectors,
     merge_task_vectors,
 )
-from service.synthesis.synthesizer import AdapterRecipe, Synthesizer
+from service.synthesis.synthesizer import Synthesizer
 from tests.fixtures.kernel import TASKS, WordEncoder, draw_example_vectors, write_word_bundle
 
 DIGEST = "d" * 64

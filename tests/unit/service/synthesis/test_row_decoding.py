@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from service.errors import InvalidAdapterError, InvalidInputError
+from service.synthesis.adapter_recipe import AdapterRecipe
 from service.synthesis.bundle import Bundle, read_bundle
 from service.synthesis.layout import AdapterKind
 from service.synthesis.row_decoding import RowDecoder
-from service.synthesis.synthesizer import AdapterRecipe, SynthesizedAdapter, Synthesizer
+from service.synthesis.synthesizer import SynthesizedAdapter, Synthesizer
 from tests.fixtures.kernel import (
     WordEncoder,
     adapt_tiny_net,

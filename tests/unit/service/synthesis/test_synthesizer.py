@@ -16,18 +16,16 @@ from service.errors import (
     InvalidInputError,
     TaskEncoderMismatchError,
 )
-from service.synthesis.bundle import read_bundle
-from service.synthesis.layout import AdapterKind
-from service.synthesis.normalizer import AdapterNormalizer
-from service.synthesis.synthesizer import (
+from service.synthesis.adapter_recipe import (
     MAX_TASK_CHARACTERS,
     AdapterRecipe,
     GenerationMode,
-    Synthesizer,
-    digest_vector,
-    load_synthesizer,
     normalize_description,
 )
+from service.synthesis.bundle import read_bundle
+from service.synthesis.layout import AdapterKind
+from service.synthesis.normalizer import AdapterNormalizer
+from service.synthesis.synthesizer import Synthesizer, digest_vector, load_synthesizer
 from tests.fixtures.kernel import PROPERTY, WordEncoder, write_word_bundle
 
 DIGEST = "d" * 64

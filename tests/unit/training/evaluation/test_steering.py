@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from service.errors import InvalidInputError
-from service.synthesis.synthesizer import AdapterRecipe
+from service.synthesis.adapter_recipe import AdapterRecipe
 from tests.fixtures.kernel import normal
 from tests.fixtures.tiny_bundle import TinyBundle
 from training.evaluation.statistics import Resampled, draw_units, resample_ratio
