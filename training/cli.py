@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help="text domains, `families` or `composites`; default: all domains",
+        help="text domains, `families`, `composites` or `composites:wide`; default: all domains",
     )
 
     train = add("train", _train, "run all stages of a recipe; resumes where it was stopped")
@@ -221,6 +222,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
     whole_sources: dict[str, Callable[[], object]] = {
         "composites": load_composites,
+        "composites:wide": partial(load_composites, wide=True),
         "families": prepare_families,
     }
     for source, prepare in whole_sources.items():

@@ -143,9 +143,10 @@ def count_tasks(recipe: Recipe) -> int:
     """Number of tasks that a recipe's source has; for one that only its data tells, a guess."""
     if recipe.tasks.names:
         return len(recipe.tasks.names)
-    match recipe.tasks.source.partition(":")[0]:
+    kind, _, place = recipe.tasks.source.partition(":")
+    match kind:
         case "composites":
-            return len(read_categories())
+            return len(read_categories(wide=place == "wide"))
         case "families":
             return len(read_families())
         case "coco":

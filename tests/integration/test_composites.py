@@ -1,6 +1,5 @@
 """The real cut-outs and backgrounds: fetched from the registry, no instance in two splits."""
 
-import tomllib
 from collections import Counter
 
 import pytest
@@ -8,16 +7,21 @@ import torch
 from torch import Tensor
 
 from training.tasks.cache import default_cache_dir
-from training.tasks.composites import WORDINGS_FILE, read_base_tasks, read_categories
+from training.tasks.composites import (
+    WIDE_WORDINGS_FILE,
+    WORDINGS_FILE,
+    read_base_tasks,
+    read_categories,
+)
 from training.tasks.cutouts import (
     BACKGROUND_PIXELS,
-    CATEGORIES_FILE,
     CUTOUT_PIXELS,
     DISTRACTOR,
     PARTS,
     Background,
     Cutout,
     load_cutouts,
+    load_wide_cutouts,
 )
 from training.tasks.scenes import SceneComposer
 from training.tasks.text_task import read_wordings
@@ -85,16 +89,36 @@ def test_cutouts_are_cropped_and_small(cutouts: tuple[Cutout, ...]) -> None:
 
 
 def test_every_category_is_worded() -> None:
-    wordings = read_wordings(WORDINGS_FILE)
-    rules = tomllib.loads(CATEGORIES_FILE.read_text(encoding="utf-8"))["categories"]
+    narrow, wide = read_wordings(WORDINGS_FILE), read_wordings(WIDE_WORDINGS_FILE)
+    wordings = {**narrow, **wide}
     base_tasks, all_wordings = read_base_tasks()
 
-    assert list(wordings) == list(rules)
+    assert list(narrow) == list(read_categories())
+    assert list(wordings) == list(read_categories(wide=True))
+    told = [w for each in wordings.values() for w in each.descriptions + each.heldout_descriptions]
+    assert len(set(told)) == len(told)
     assert all(
         len(w.descriptions) >= 8 and len(w.heldout_descriptions) >= 3 for w in wordings.values()
     )
     assert 0 < len(base_tasks) < len(wordings)
     assert len(set(all_wordings)) == len(all_wordings)
+
+
+def test_wide_categories_are_among_the_distractors_and_keep_their_splits(
+    cutouts: tuple[Cutout, ...],
+) -> None:
+    wide, _ = load_wide_cutouts(default_cache_dir())
+    further = read_categories(wide=True).keys() - read_categories().keys()
+    before = {cutout.name: cutout for cutout in cutouts}
+    counts = Counter((cutout.category, cutout.part) for cutout in wide)
+
+    assert len(read_categories(wide=True)) >= 40
+    assert not any(read_categories(wide=True)[name] for name in further)
+    for category in further:
+        assert min(counts[category, "train"], counts[category, "test"]) >= 2, category
+    for cutout in wide:
+        expected = DISTRACTOR if cutout.category in further else cutout.category
+        assert (before[cutout.name].category, before[cutout.name].part) == (expected, cutout.part)
 
 
 def test_scenes_can_be_composed_of_every_split(

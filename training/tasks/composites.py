@@ -1,8 +1,11 @@
-"""The detection tasks of composited cut-outs: 24 categories, half of which the base knows."""
+"""The detection tasks of composited cut-outs: 24 categories, half of which the base knows.
+
+`wide` tasks are these and 18 more, of objects that are in the other tasks' scenes for distraction.
+"""
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +14,12 @@ from torch import Tensor
 
 from training.progress import show_progress
 from training.tasks.cache import default_cache_dir
-from training.tasks.cutouts import CATEGORIES_FILE, Part
+from training.tasks.cutouts import (
+    CATEGORIES_FILE,
+    WIDE_CATEGORIES_FILE,
+    Part,
+    load_wide_cutouts,
+)
 from training.tasks.detection_task import (
     Annotation,
     DetectionData,
@@ -23,6 +31,7 @@ from training.tasks.scenes import SceneComposer
 from training.tasks.text_task import read_wordings, select_names
 
 WORDINGS_FILE = Path(__file__).with_name("detection_wordings.toml")
+WIDE_WORDINGS_FILE = WORDINGS_FILE.with_name("detection_wide_wordings.toml")
 
 POOLS: dict[str, tuple[Part, int, int]] = {
     "adapters": ("train", 12_000, 1),
@@ -55,19 +64,22 @@ class CompositeScenes:
 
 
 def load_composites(
-    names: Sequence[str] | None = None, cache_dir: Path | None = None
+    names: Sequence[str] | None = None, cache_dir: Path | None = None, *, wide: bool = False
 ) -> DetectionData:
     """Tasks and scenes; everything is fetched, composed and encoded on first use.
 
-    Scenes hold objects of all categories whatever tasks are asked for.
+    Scenes hold objects of all categories whatever tasks are asked for. Not every wide category has
+    one for validation.
 
     Raises:
         InvalidInputError: an unknown task.
         MissingDependencyError: the pictures or the tower's weights cannot be had here.
     """
     cache_dir = cache_dir or default_cache_dir()
-    categories = read_categories()
+    categories = read_categories(wide=wide)
     wordings = read_wordings(WORDINGS_FILE)
+    if wide:
+        wordings = {**wordings, **read_wordings(WIDE_WORDINGS_FILE)}
     tasks = tuple(
         build_detection_task(name, wordings[name])
         for name in select_names(tuple(categories), names)
@@ -75,6 +87,10 @@ def load_composites(
     scenes = {}
     for name, (part, count, stream) in POOLS.items():
         pool = ScenePool(name, part, tuple(categories), count, stream)
+        if wide:
+            shown = {each.category for each in load_wide_cutouts(cache_dir)[0] if each.part == part}
+            kept = tuple(category for category in categories if category in shown)
+            pool = replace(pool, name=f"wide-{name}", categories=kept, wide=True)
         scenes[name] = CompositeScenes(pool, _load(pool, cache_dir), cache_dir)
     return DetectionData(tasks, scenes["adapters"], scenes["validation"], scenes["test"])
 
@@ -96,10 +112,11 @@ def load_base_scenes(count: int, cache_dir: Path | None = None) -> StoredScenes:
     return _load(ScenePool("base", "train", base, count, 0), cache_dir or default_cache_dir())
 
 
-def read_categories() -> dict[str, bool]:
+def read_categories(*, wide: bool = False) -> dict[str, bool]:
     """Every category, and whether the base is trained on it."""
-    rules = tomllib.loads(CATEGORIES_FILE.read_text(encoding="utf-8"))["categories"]
-    return {name: bool(rule.get("base")) for name, rule in rules.items()}
+    files = (CATEGORIES_FILE, WIDE_CATEGORIES_FILE) if wide else (CATEGORIES_FILE,)
+    rules = [tomllib.loads(path.read_text(encoding="utf-8"))["categories"] for path in files]
+    return {name: bool(rule.get("base")) for each in rules for name, rule in each.items()}
 
 
 def _load(pool: ScenePool, cache_dir: Path) -> StoredScenes:

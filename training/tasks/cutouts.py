@@ -12,7 +12,7 @@ import re
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ DISTRACTOR = "distractor"
 """Category of the objects that no task asks for."""
 
 CATEGORIES_FILE = Path(__file__).with_name("detection_categories.toml")
+WIDE_CATEGORIES_FILE = CATEGORIES_FILE.with_name("detection_wide_categories.toml")
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -105,6 +106,25 @@ def load_cutouts(
         for i, row in enumerate(index["backgrounds"])
     )
     return cutouts, backgrounds
+
+
+def load_wide_cutouts(
+    cache_dir: Path,
+) -> tuple[tuple[Cutout, ...], tuple[Background, ...]]:
+    """The same, with further categories among the distractors; every object keeps its split.
+
+    Raises: as `load_cutouts`.
+    """
+    cutouts, backgrounds = load_cutouts(cache_dir)
+    rules = tomllib.loads(WIDE_CATEGORIES_FILE.read_text(encoding="utf-8"))
+    renamed = (
+        replace(each, category=_match(rules["categories"], "objects", each.name))
+        if each.category == DISTRACTOR
+        else each
+        for each in cutouts
+    )
+    ignored = rules["ignore"]["objects"]
+    return tuple(each for each in renamed if not re.search(ignored, each.name)), backgrounds
 
 
 def _describe_format() -> str:

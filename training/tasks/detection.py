@@ -1,8 +1,9 @@
 """The sources that detection tasks can come from.
 
-    "composites"   24 categories of composited cut-outs, fetched and composed on first use
-    "coco:PATH"    a folder in COCO's format, with a `tasks.toml` beside it
-    "voc:PATH"     a folder in Pascal VOC's format, with a `tasks.toml` beside it
+    "composites"        24 categories of composited cut-outs, fetched and composed on first use
+    "composites:wide"   42, for the evaluation of unseen ones
+    "coco:PATH"         a folder in COCO's format, with a `tasks.toml` beside it
+    "voc:PATH"          a folder in Pascal VOC's format, with a `tasks.toml` beside it
 
 Whatever the source, what comes out is the same: `DetectionData`.
 """
@@ -15,7 +16,7 @@ from training.tasks.composites import load_composites
 from training.tasks.detection_files import load_coco, load_voc
 from training.tasks.detection_task import DetectionData
 
-SOURCES = ("composites", "coco:PATH", "voc:PATH")
+SOURCES = ("composites", "composites:wide", "coco:PATH", "voc:PATH")
 
 
 def load_detection_data(
@@ -30,12 +31,12 @@ def load_detection_data(
         MissingDependencyError: what this source needs cannot be had here.
     """
     kind, _, place = source.partition(":")
-    match kind, bool(place):
-        case "composites", False:
-            return load_composites(names, cache_dir)
-        case "coco", True:
+    match kind, place:
+        case "composites", "" | "wide":
+            return load_composites(names, cache_dir, wide=bool(place))
+        case "coco", _ if place:
             return load_coco(Path(place).expanduser(), names)
-        case "voc", True:
+        case "voc", _ if place:
             return load_voc(Path(place).expanduser(), names)
         case _:
             raise InvalidRecipeError(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training.checkpoint import read_metadata, read_tensors, write_tensors
-from training.tasks.cutouts import Part, load_cutouts
+from training.tasks.cutouts import WIDE_CATEGORIES_FILE, Part, load_cutouts, load_wide_cutouts
 from training.tasks.detection_task import Annotation
 from training.tasks.scenes import SceneComposer
 
@@ -31,6 +31,7 @@ class ScenePool:
         categories: that may be in a scene.
         count: number of scenes.
         stream: of the composer.
+        wide: whether the categories are those of `load_wide_cutouts`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ScenePool:
     categories: tuple[str, ...]
     count: int
     stream: int
+    wide: bool = False
 
     def folder(self, cache_dir: Path) -> Path:
         """Where its shards lie."""
@@ -123,12 +125,14 @@ def write_shard(pool: ScenePool, cache_dir: Path, number: int, description: str)
 
 def make_composer(pool: ScenePool, cache_dir: Path) -> SceneComposer:
     """The composer of a pool's scenes."""
-    cutouts, backgrounds = load_cutouts(cache_dir)
+    load = load_wide_cutouts if pool.wide else load_cutouts
+    cutouts, backgrounds = load(cache_dir)
     return SceneComposer(cutouts, backgrounds, pool.part, pool.categories, pool.stream)
 
 
 def _describe(pool: ScenePool) -> str:
-    return json.dumps([pool.part, pool.categories, pool.stream])
+    rules = [WIDE_CATEGORIES_FILE.read_text(encoding="utf-8")] if pool.wide else []
+    return json.dumps([pool.part, pool.categories, pool.stream, *rules])
 
 
 def _is_current(path: Path, description: str) -> bool:

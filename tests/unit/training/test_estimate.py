@@ -94,6 +94,7 @@ def with_source(source: str, names: tuple[str, ...] | None = None) -> Recipe:
     ("recipe", "count"),
     [
         (with_source("composites"), 24),
+        (with_source("composites:wide"), 42),
         (with_source("coco:/data/coco"), 80),
         (with_source("voc:/data/voc"), 20),
         (with_source("coco:/data/coco", ("sofa", "cat", "car")), 3),

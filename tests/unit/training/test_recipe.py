@@ -126,7 +126,7 @@ def test_a_wrong_detection_recipe_is_refused(
         read_recipe(path)
 
 
-@pytest.mark.parametrize("source", ["composites", "coco:PATH", "voc:PATH"])
+@pytest.mark.parametrize("source", ["composites", "composites:wide", "coco:PATH", "voc:PATH"])
 def test_any_detection_source_goes_with_a_base_from_elsewhere(tmp_path: Path, source: str) -> None:
     path = spoil(tmp_path, lambda body: body.update(detection={}, tasks={"source": source}))
 
