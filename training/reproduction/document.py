@@ -59,7 +59,8 @@ Embedded detector of the bundle `detection-embedded`, composited scenes. Adapter
 unseen wording (Table 6 also: unseen pictures) of each category and are prompted with the unseen
 wording; the original model is asked in words that it was trained on. Our preset is decoded at
 z = 0, preset `paper` draws z (its Eq. 9), both once a generator seed; alpha is the same at all
-ranks. COND P-DIFF is a re-implementation, as no code of it is public."""
+ranks. Preset `paper` is trained for fewer epochs than the paper says, to fit two CPU cores (recipe
+`paper-detection`). COND P-DIFF is a re-implementation, as no code of it is public."""
 
 _NOTES: Mapping[int, str] = {
     3: "Computed from layouts and from files that are written for it. The generator is decoder, "
