@@ -21,7 +21,6 @@ from training.tasks.cutouts import (
     Background,
     Cutout,
     load_cutouts,
-    load_wide_cutouts,
 )
 from training.tasks.scenes import SceneComposer
 from training.tasks.text_task import read_wordings
@@ -100,14 +99,14 @@ def test_every_category_is_worded() -> None:
     assert all(
         len(w.descriptions) >= 8 and len(w.heldout_descriptions) >= 3 for w in wordings.values()
     )
-    assert 0 < len(base_tasks) < len(wordings)
+    assert 0 < len(base_tasks) < len(narrow)
     assert len(set(all_wordings)) == len(all_wordings)
 
 
 def test_wide_categories_are_among_the_distractors_and_keep_their_splits(
     cutouts: tuple[Cutout, ...],
 ) -> None:
-    wide, _ = load_wide_cutouts(default_cache_dir())
+    wide, _ = load_cutouts(default_cache_dir(), wide=True)
     further = read_categories(wide=True).keys() - read_categories().keys()
     before = {cutout.name: cutout for cutout in cutouts}
     counts = Counter((cutout.category, cutout.part) for cutout in wide)

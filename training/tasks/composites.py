@@ -18,7 +18,7 @@ from training.tasks.cutouts import (
     CATEGORIES_FILE,
     WIDE_CATEGORIES_FILE,
     Part,
-    load_wide_cutouts,
+    load_cutouts,
 )
 from training.tasks.detection_task import (
     Annotation,
@@ -84,11 +84,12 @@ def load_composites(
         build_detection_task(name, wordings[name])
         for name in select_names(tuple(categories), names)
     )
+    cutouts = load_cutouts(cache_dir, wide=True)[0] if wide else ()
     scenes = {}
     for name, (part, count, stream) in POOLS.items():
         pool = ScenePool(name, part, tuple(categories), count, stream)
         if wide:
-            shown = {each.category for each in load_wide_cutouts(cache_dir)[0] if each.part == part}
+            shown = {each.category for each in cutouts if each.part == part}
             kept = tuple(category for category in categories if category in shown)
             pool = replace(pool, name=f"wide-{name}", categories=kept, wide=True)
         scenes[name] = CompositeScenes(pool, _load(pool, cache_dir), cache_dir)

@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +83,14 @@ class Background:
 
 
 def load_cutouts(
-    cache_dir: Path, progress: Callable[[str], None] = print
+    cache_dir: Path, progress: Callable[[str], None] = print, *, wide: bool = False
 ) -> tuple[tuple[Cutout, ...], tuple[Background, ...]]:
     """Prepares the pictures where that was not done yet, and reads them.
+
+    Args:
+        cache_dir: where they lie.
+        progress: told what is done.
+        wide: with further categories among the distractors; every object keeps its split.
 
     Raises:
         MissingDependencyError: Debian's packages cannot be fetched here.
@@ -105,26 +110,18 @@ def load_cutouts(
         Background(row["name"], row["part"], tensors[f"background.{i}"])
         for i, row in enumerate(index["backgrounds"])
     )
-    return cutouts, backgrounds
+    return tuple(_widen(cutouts)) if wide else cutouts, backgrounds
 
 
-def load_wide_cutouts(
-    cache_dir: Path,
-) -> tuple[tuple[Cutout, ...], tuple[Background, ...]]:
-    """The same, with further categories among the distractors; every object keeps its split.
-
-    Raises: as `load_cutouts`.
-    """
-    cutouts, backgrounds = load_cutouts(cache_dir)
+def _widen(cutouts: Iterable[Cutout]) -> Iterator[Cutout]:
+    """Names the further categories among the distractors."""
     rules = tomllib.loads(WIDE_CATEGORIES_FILE.read_text(encoding="utf-8"))
-    renamed = (
-        replace(each, category=_match(rules["categories"], "objects", each.name))
-        if each.category == DISTRACTOR
-        else each
-        for each in cutouts
-    )
-    ignored = rules["ignore"]["objects"]
-    return tuple(each for each in renamed if not re.search(ignored, each.name)), backgrounds
+    for each in cutouts:
+        if re.search(rules["ignore"]["objects"], each.name):
+            continue
+        if each.category == DISTRACTOR:
+            each = replace(each, category=_match(rules["categories"], "objects", each.name))
+        yield each
 
 
 def _describe_format() -> str:

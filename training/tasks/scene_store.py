@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training.checkpoint import read_metadata, read_tensors, write_tensors
-from training.tasks.cutouts import WIDE_CATEGORIES_FILE, Part, load_cutouts, load_wide_cutouts
+from training.tasks.cutouts import WIDE_CATEGORIES_FILE, Part, load_cutouts
 from training.tasks.detection_task import Annotation
 from training.tasks.scenes import SceneComposer
 
@@ -31,7 +31,7 @@ class ScenePool:
         categories: that may be in a scene.
         count: number of scenes.
         stream: of the composer.
-        wide: whether the categories are those of `load_wide_cutouts`.
+        wide: as of `load_cutouts`.
     """
 
     name: str
@@ -125,8 +125,7 @@ def write_shard(pool: ScenePool, cache_dir: Path, number: int, description: str)
 
 def make_composer(pool: ScenePool, cache_dir: Path) -> SceneComposer:
     """The composer of a pool's scenes."""
-    load = load_wide_cutouts if pool.wide else load_cutouts
-    cutouts, backgrounds = load(cache_dir)
+    cutouts, backgrounds = load_cutouts(cache_dir, wide=pool.wide)
     return SceneComposer(cutouts, backgrounds, pool.part, pool.categories, pool.stream)
 
 
