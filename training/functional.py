@@ -3,13 +3,17 @@
 Reconstruction asks for the weights that a fine-tuning happened to end at; this asks for the loss
 that they give. Gradients pass through the frozen base and the attached adapter into the decoder,
 which was trained by reconstruction before. Where the decoder looks at training tasks, they are
-hidden in the same episodes, so that it learns what helps a task that it cannot look up.
+hidden in the same episodes, so that it learns what helps a task that it cannot look up. A loss of
+contrast asks as well that wrong words give a worse adapter: else a good adapter for all tasks,
+whatever is said, would do.
 """
 
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from service.synthesis.cvae import ConditionalVAE
 from service.synthesis.in_context import InContextDecoder
@@ -43,7 +47,8 @@ def train_functionally(
     """Trains the decoder through the base and saves the generator; equal seeds, equal bytes.
 
     A step is one task: a wording, z = 0, and a batch of the task's training examples. Tasks come
-    in random order, each once before any comes again.
+    in random order, each once before any comes again. With contrast, wrong words are decoded in
+    the same episode and measured on the same batch.
 
     Args:
         run: its recipe says how (`[functional]`); the result goes there.
@@ -79,9 +84,19 @@ def train_functionally(
             context = {}
             if episodes is not None:
                 context["hidden"] = episodes.hide(task, draws).to(device)
-            normalized = decoder(z, condition.to(device), **context)[0].cpu()
-            vector = normalizer.denormalize(normalized)
-            loss = through_base.measure_batch(vector, names[int(task)], draws)
+            examples = through_base.draw_batch(draws)
+            told = [condition]
+            if section.contrast_weight:
+                told.append(draw_wrong_words(vectors, families, int(task), draws))
+            losses = []
+            for words in told:
+                normalized = decoder(z, words.to(device), **context)[0].cpu()
+                vector = normalizer.denormalize(normalized)
+                losses.append(through_base.measure(vector, names[int(task)], examples))
+            loss = losses[0]
+            if section.contrast_weight:
+                missing = section.contrast_margin - (losses[1] - losses[0])
+                loss = loss + section.contrast_weight * missing.clamp_min(0)
             for group in optimizer.param_groups:
                 share = warm_cosine(step, section.num_steps, section.num_steps // 20)
                 group["lr"] = section.learning_rate * group["rate"] * share
@@ -91,9 +106,25 @@ def train_functionally(
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % SAVE_EVERY_STEPS == 0:
                 write_training_state(state_path, decoder, optimizer, step + 1)
-            report(step + 1, loss=loss.item())
+            report(step + 1, loss=losses[0].item())
     write_tensors(path, model.state_dict())
     state_path.unlink(missing_ok=True)
+
+
+def draw_wrong_words(
+    vectors: TaskVectors, families: Sequence[str], task: int, generator: torch.Generator
+) -> Float[Tensor, "1 dim"]:
+    """A task vector of words that are wrong for a task: a unit row.
+
+    As often as not it is a training wording of a task of another family; else it is of no task, a
+    random direction, as those of gibberish are.
+    """
+    others = [index for index, family in enumerate(families) if family != families[task]]
+    is_wording, which = torch.rand(2, generator=generator).tolist()
+    if others and is_wording < 0.5:
+        rows = vectors.of_task(others[int(which * len(others))])
+        return rows[torch.randint(len(rows), (1,), generator=generator)]
+    return normalize(torch.randn(1, vectors.dim, generator=generator), dim=1)
 
 
 def _pick_task(step: int, num_tasks: int, seed: int) -> Tensor:

@@ -76,7 +76,7 @@ class TasksSection(_Section):
 
     source: str = Field(
         description="text: domains | families | smoke | folder:PATH | jsonl:PATH | hub:DATASET; "
-        "detection: composites | coco:PATH | voc:PATH"
+        "detection: composites | composites:wide | coco:PATH | voc:PATH"
     )
     names: tuple[str, ...] | None = Field(default=None, description="subset; all when absent")
 
@@ -180,6 +180,12 @@ class FunctionalSection(_Section):
         default=False,
         description="text: a training wording stands before every example, as when it is used so; "
         "detection: every example is asked in own wordings, whatever `own_prompt_share` says",
+    )
+    contrast_weight: float = Field(
+        default=0.0, ge=0, description="of the loss by which wrong words may come near true ones"
+    )
+    contrast_margin: float = Field(
+        default=0.1, gt=0, description="by which the adapter of wrong words must be worse, in nats"
     )
 
 

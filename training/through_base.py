@@ -57,9 +57,12 @@ class ThroughBase:
         self.attachment.rows.vectors = None
         return loss
 
+    def draw_batch(self, generator: torch.Generator) -> Int[Tensor, " batch"]:
+        """Numbers of a batch's examples."""
+        return torch.randperm(self.num_examples, generator=generator)[: self.batch_size]
+
     def measure_batch(
         self, vector: Float[Tensor, " num_params"], task: str, generator: torch.Generator
     ) -> Float[Tensor, ""]:
-        """The same on a batch that is drawn."""
-        examples = torch.randperm(self.num_examples, generator=generator)[: self.batch_size]
-        return self.measure(vector, task, examples)
+        """Loss on a batch that is drawn."""
+        return self.measure(vector, task, self.draw_batch(generator))

@@ -12,7 +12,7 @@ from torch import Tensor
 from service.errors import InvalidInputError
 from training.baselines import PRESETS, Baseline, build_baseline
 from training.evaluation.unseen import Method
-from training.recipe import Recipe
+from training.recipe import FunctionalSection, Recipe
 from training.through_base import ThroughBase
 
 METHODS_OF_WEIGHTS = (
@@ -35,6 +35,9 @@ DEFAULT_CONTEXT = {"num_neighbours": 8, "episode_share": 0.75, "dropout": 0.1}
 WITH_PROMPT = MappingProxyType({"+description": "description", "+examples": "examples"})
 """Suffixes of a method whose adapters are used behind a prompt: what to do, or how it is done."""
 
+TRAININGS = ("functional", "contrastive")
+"""Suffixes of presets that are trained through the base as well."""
+
 MULTI_TASK_RATE = 0.25
 """Of the learning rate of a fine-tuning: every step is of another task."""
 
@@ -44,49 +47,56 @@ SCORED_EXAMPLES = 8
 
 
 def build_method(name: str, recipe: Recipe) -> Method:
-    """A method; generators train as the recipe says, `PRESET_functional` through the base as well.
+    """A method; generators train as the recipe says, some through the base as well.
 
+    `PRESET_functional` is trained through the base without contrast, `PRESET_contrastive` with it.
     `NAME+description` is NAME with the description before every window, `NAME+examples` with
     training texts of the task, which the adapter is not made from. The recipe's section
     `[functional]` also says how long what learns through the base does.
 
     Raises:
         InvalidInputError: an unknown name, or one that learns through the base while the recipe
-            has no section `[functional]`.
+            has no section `[functional]`, or with contrast while it has none.
     """
     for suffix, prompt in WITH_PROMPT.items():
         if name.endswith(suffix):
             return replace(build_method(name.removesuffix(suffix), recipe), prompt=prompt)
     if name in METHODS_OF_WEIGHTS:
         return Method(lambda _: build_baseline(name), seeded=name not in UNSEEDED)
-    preset = name.removesuffix("_functional")
+    preset, _, training = name.rpartition("_")
+    if training not in TRAININGS:
+        preset, training = name, ""
     through_base = _METHODS_THROUGH_BASE.get(name)
     if preset not in PRESETS and through_base is None:
         known = [*METHODS_OF_WEIGHTS, *PRESETS, *_METHODS_THROUGH_BASE]
-        known += [f"{preset}_functional" for preset in PRESETS]
+        known += [f"{preset}_{training}" for preset in PRESETS for training in TRAININGS]
         known.append(f"each with {' or '.join(WITH_PROMPT)}")
         raise InvalidInputError(f"unknown method {name!r}; known: {', '.join(known)}")
     if preset == name and through_base is None:
-        return _build_preset(preset, recipe, functional=False)
+        return _build_preset(preset, recipe, None)
     if recipe.functional is None:
         raise InvalidInputError(f"method {name!r} needs a recipe with a section [functional]")
-    if through_base is None:
-        return _build_preset(preset, recipe, functional=True)
-    return Method(partial(through_base, recipe), recipe.functional.model_dump())
+    plain = recipe.functional.model_copy(update={"contrast_weight": 0.0})
+    if through_base is not None:
+        return Method(partial(through_base, recipe), plain.model_dump())
+    if training == "functional":
+        return _build_preset(preset, recipe, plain)
+    if not recipe.functional.contrast_weight:
+        raise InvalidInputError(f"method {name!r} needs a functional.contrast_weight above 0")
+    return _build_preset(preset, recipe, recipe.functional)
 
 
-def _build_preset(preset: str, recipe: Recipe, *, functional: bool) -> Method:
+def _build_preset(preset: str, recipe: Recipe, functional: FunctionalSection | None) -> Method:
     body = recipe.to_json()
     body["generator"]["preset"] = preset
     context = body.pop("context", DEFAULT_CONTEXT)
     if preset == "in_context":
         body["context"] = context
-    if not functional:
-        body.pop("functional", None)
+    body["functional"] = None if functional is None else functional.model_dump()
     made_of = Recipe.model_validate(body)
 
     def build(through_base: ThroughBase) -> Baseline:
-        passed = through_base if functional else None
+        passed = through_base if functional is not None else None
         return build_baseline(preset, recipe=made_of, through_base=passed)
 
     sections = ("seed", "generator", "context", "functional")

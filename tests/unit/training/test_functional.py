@@ -1,26 +1,38 @@
 """Functional training: generated adapters come to lower the loss, and kills change no byte."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 
 import training.functional
 from service.errors import InvalidInputError
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import read_bundle
 from service.synthesis.normalizer import AdapterNormalizer
+from tests.fixtures.kernel import normal
 from tests.fixtures.tiny_open_clip import TinyOpenClip
-from tests.fixtures.tiny_training import make_recipe
+from tests.fixtures.tiny_training import (
+    TINY_LAYOUT,
+    draw_checkpoints,
+    draw_task_vectors,
+    make_recipe,
+    open_run,
+)
 from training.adapters import cut_windows, tokenize_documents
 from training.baselines.prompt import prompt_with_description
 from training.checkpoint import read_tensors
 from training.detection_examples import build_detection_loss
+from training.functional import draw_wrong_words, train_functionally
+from training.generator import build_generator
 from training.pipeline import Pipeline
 from training.recipe import Recipe
 from training.run_dir import RunDir
+from training.task_vectors import TaskVectors
 from training.tasks.detection_task import DetectionTask
 from training.tasks.text import TextTask
 from training.through_base import ThroughBase
@@ -91,6 +103,57 @@ def test_adapters_lower_the_loss_that_the_base_has_with_them(
     assert bundle.generator.preset == preset
 
 
+class Valleys(ThroughBase):
+    """Loss of an adapter vector: its squared distance to the task's own one; there is no base."""
+
+    def __init__(self) -> None:
+        vars(self).update(
+            base=SimpleNamespace(device=torch.device("cpu")), num_examples=8, batch_size=4
+        )
+
+    def measure(self, vector: Tensor, task: str, examples: Tensor) -> Tensor:
+        return (vector - draw_checkpoints()[task].mean(0)).square().mean()
+
+
+def test_contrast_makes_wrong_words_worse(tmp_path: Path) -> None:
+    vectors, checkpoints = draw_task_vectors(), draw_checkpoints()
+    own = {name: rows.mean(0) for name, rows in checkpoints.items()}
+    normalizer = AdapterNormalizer.fit(TINY_LAYOUT, checkpoints)
+    gaps, losses = [], []
+    for weight in (0.0, 1.0):
+        contrast = {"contrast_weight": weight, "contrast_margin": 3.0}
+        section = {**FUNCTIONAL, "num_steps": 200, **contrast}
+        run = open_run(tmp_path / str(weight), functional=section)
+        model = build_generator(TINY_LAYOUT, run.recipe, vectors)
+        names = list(checkpoints)
+        train_functionally(run, model, normalizer, vectors, names, names, Valleys(), seed=0)
+        with torch.no_grad():
+            nonsense = normalize(normal(1, vectors.dim, seed=9), dim=1)
+            told = torch.cat([*(vectors.of_task(task)[:1] for task in range(3)), nonsense])
+            made = normalizer.denormalize(model.decoder(torch.zeros(4, 4), told))
+        true = [float((made[i] - own[name]).square().mean()) for i, name in enumerate(names)]
+        wrong = [float((made[3] - target).square().mean()) for target in own.values()]
+        losses.append(sum(true) / 3)
+        gaps.append(sum(wrong) / 3 - losses[-1])
+    assert gaps[1] > gaps[0] + 0.3
+    assert max(losses) < 0.2  # the mean adapter has 0.69
+
+
+def test_wrong_words_are_of_other_families_or_of_no_task() -> None:
+    rows = torch.eye(8)
+    vectors = TaskVectors("test", rows, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+    families = ("a", "b", "a", "c")
+    drawn = [
+        draw_wrong_words(vectors, families, 0, torch.Generator().manual_seed(seed))
+        for seed in range(200)
+    ]
+    wordings = [int(row.argmax()) for row in drawn if int((row == 1).sum())]
+    assert {*wordings} == {2, 3, 6, 7}
+    assert 80 < len(wordings) < 120
+    for row in drawn:
+        torch.testing.assert_close(row.norm(dim=1), torch.ones(1))
+
+
 def test_examples_stand_behind_a_training_wording(
     tmp_path: Path, tiny_open_clip: TinyOpenClip
 ) -> None:
@@ -150,13 +213,21 @@ def test_scenes_are_asked_for_in_the_tasks_own_wordings(
     assert not torch.equal(loss, expected[0.01])
 
 
+@pytest.mark.parametrize("contrast_weight", [0.0, 1.0])
 def test_a_killed_training_resumes_to_the_same_bytes(
-    tmp_path: Path, tiny_open_clip: TinyOpenClip, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_open_clip: TinyOpenClip,
+    monkeypatch: pytest.MonkeyPatch,
+    contrast_weight: float,
 ) -> None:
     monkeypatch.setattr(training.functional, "SAVE_EVERY_STEPS", 4)
-    recipe = make(tiny_open_clip, generator={"preset": "in_context", "epochs": 1})
+    recipe = make_recipe(
+        encoder=tiny_open_clip.section,
+        generator={"preset": "in_context", "epochs": 1},
+        functional={**FUNCTIONAL, "num_steps": 20, "contrast_weight": contrast_weight},
+    )
     whole = run_until_generator(tmp_path / "whole", recipe).run.functional_generator(0)
-    measure, calls = ThroughBase.measure_batch, 0
+    measure, calls = ThroughBase.measure, 0
 
     def die(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -165,7 +236,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(ThroughBase, "measure_batch", die)
+    monkeypatch.setattr(ThroughBase, "measure", die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_until_generator(tmp_path / "killed", recipe)

@@ -65,7 +65,12 @@ def run(tiny_open_clip: TinyOpenClip, tmp_path_factory: pytest.TempPathFactory) 
         generator={"epochs": 2},
         tasks={"names": ["unicode_names", "html_entities", "python_reference"]},
         finetune={"seeds": [0, 1]},
-        functional={"num_steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        functional={
+            "num_steps": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "contrast_weight": 1.0,
+        },
     )
     opened = RunDir.open(tmp_path_factory.mktemp("run"), recipe)
     Pipeline(opened).fine_tune_adapters()
@@ -341,6 +346,7 @@ def test_the_command_writes_a_table(run: RunDir, tmp_path: Path) -> None:
         "in_context+description",
         "in_context+examples",
         "in_context_functional",
+        "in_context_contrastive",
         "soup",
         "multi_task",
         "greedy_soup",
