@@ -12,6 +12,7 @@ from training.evaluation.text import MAX_PPL_RATIO
 from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.remeasure import Remeasured, remeasure_suite
 from training.reproduction.row_store import StoredRow, read_table
+from training.reproduction.seed_noise import list_noises
 from training.reproduction.tables import LABELS, compare
 from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_targets, read_unseen
 from training.reproduction.variants import RANKS, SWEEPS
@@ -54,6 +55,7 @@ def check_committed(results: Path = RESULTS_DIR, paper: Path = PAPER_DIR) -> lis
         *_check_detection(results),
         *_check_text(results),
         *_check_ranks(paper),
+        *_check_seed_noise(results, paper),
         *_check_unseen(results),
         *_check_in_distribution(results),
     ]
@@ -146,7 +148,7 @@ def _check_ranks(paper: Path) -> Iterator[Verdict]:
     document: dict[str, Any] = read_table(paper, SWEEPS[0]) or {"rows": []}
     for rank in RANKS:
         rows: dict[str, StoredRow] = {
-            row["method"]: row for row in document["rows"] if row["label"].get("rank") == rank
+            row["method"]: row for row in document["rows"] if row["label"] == {"rank": rank}
         }
         ours = next((rows[preset] for preset in ("in_context", "token") if preset in rows), None)
         name = f"table 4, rank {rank}"
@@ -170,6 +172,21 @@ def _check_ranks(paper: Path) -> Iterator[Verdict]:
                 yield Verdict(
                     f"{name}: ahead of {LABELS[method]}", f"{gap:+.3f} AP50", "above 0", gap > 0
                 )
+
+
+def _check_seed_noise(results: Path, paper: Path) -> Iterator[Verdict]:
+    for name, noise in list_noises(results, paper).items():
+        target = f"{name}: generated within the own adapter's seed interval"
+        if noise is None:
+            yield Verdict(target, "-", "further fine-tuning seeds", None)
+            continue
+        count = len(noise.outcomes)
+        yield Verdict(
+            target,
+            f"{noise.num_inside} of {count} tasks",
+            f"inside or better on {MIN_SHARE:.0%}",
+            noise.num_inside >= MIN_SHARE * count,
+        )
 
 
 def _check_unseen(results: Path) -> Iterator[Verdict]:

@@ -8,6 +8,7 @@ from training.checkpoint import write_text
 from training.evaluation import detection_report, report
 from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.row_store import StoredRow, read_table
+from training.reproduction.seed_noise import list_noises, render_seed_noise
 from training.reproduction.tables import (
     describe_machine,
     describe_runs,
@@ -95,6 +96,7 @@ def render_document(results: Path, paper: Path, root: Path) -> str:
     parts = [_INTRO]
     for number in TABLES:
         parts += [f"## Table {number}: {TABLES[number]}", *render_section(number, results, paper)]
+    parts += ["## Seed noise", *_render_seed_noise(results, paper)]
     for suite, folder in UNSEEN_DIRS.items():
         parts += [f"## Unseen tasks: {suite}", *_render_unseen_suite(suite, results)]
         picture = results / folder / "unseen.png"
@@ -191,6 +193,15 @@ def _render_suite(suite: str, results: Path) -> Iterator[str]:
     yield _PAPERS_LINE
     yield report.render_table(evaluation.text)
     yield from _render_losses(list_text_losses(evaluation.text))
+
+
+def _render_seed_noise(results: Path, paper: Path) -> Iterator[str]:
+    found = {name: noise for name, noise in list_noises(results, paper).items() if noise}
+    if not found:
+        job = "`python -m training.evaluation.finetune_seeds`"
+        yield f"Not measured yet: `icm-lora reproduce --table 4` and {job} measure it."
+        return
+    yield from render_seed_noise(found)
 
 
 def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:

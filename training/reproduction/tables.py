@@ -9,6 +9,7 @@ from training.evaluation.detection import DetectionResult, mean_ap50
 from training.evaluation.statistics import Interval, resample_ratio
 from training.evaluation.text import MAX_PPL_RATIO, TaskResult
 from training.reproduction.row_store import StoredRow
+from training.reproduction.variants import FINETUNE_SEED
 
 REFERENCES = ("own", "soup", "cond_p_diff")
 """What generators are compared with."""
@@ -76,7 +77,8 @@ def render_rows(rows: Sequence[StoredRow], owns: Mapping[str, StoredRow]) -> str
         rows: of the table.
         owns: rows of own adapters, of any table, by the digest of the adapters.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row["label"]))
+    labels = dict.fromkeys(name for row in rows for name in row["label"])
+    names = [name for name in labels if name != FINETUNE_SEED]
     lines = [
         "| "
         + " | ".join([*names, "method", "numbers an adapter", "parameters of the generator"])
@@ -89,7 +91,7 @@ def render_rows(rows: Sequence[StoredRow], owns: Mapping[str, StoredRow]) -> str
         gap = describe_interval(compare(row, own)) if own is not None and is_compared else "-"
         cells = [
             *(str(row["label"].get(name, "-")) for name in names),
-            LABELS[row["method"]],
+            _name_method(row),
             f"{row['adapter_params']:,}" if row["adapter_params"] else "-",
             f"{row['generator_params']:,}" if row["generator_params"] else "-",
             f"{row['ap50']['value']:.3f} ({row['ap50']['low']:.3f} to {row['ap50']['high']:.3f})",
@@ -99,6 +101,11 @@ def render_rows(rows: Sequence[StoredRow], owns: Mapping[str, StoredRow]) -> str
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _name_method(row: StoredRow) -> str:
+    seed = row["label"].get(FINETUNE_SEED)
+    return LABELS[row["method"]] + ("" if seed is None else f", {FINETUNE_SEED} {seed}")
 
 
 def compare(ours: StoredRow, theirs: StoredRow) -> Interval:

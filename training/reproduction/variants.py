@@ -16,6 +16,12 @@ RANKS = (1, 2, 4, 8)
 DEPTHS = (10, 11, 12, 13, 14, 20)
 """Convolutional layers each way, of the paper's Table 5."""
 
+FURTHER_FINETUNE_SEEDS = (1, 2)
+"""Own adapters of these say how far apart two fine-tunings of one task are: Table 4."""
+
+FINETUNE_SEED = "fine-tuning seed"
+"""Label of their rows."""
+
 PAPER_RECIPE = "paper-detection"
 """Recipe whose section `[generator]` says how preset `paper` is trained."""
 
@@ -135,6 +141,9 @@ def _vary_rank(recipe: Recipe) -> _Drawn:
         label = {"rank": rank}
         for method in ("own", "soup", "cond_p_diff"):
             yield label, method, changed
+        for seed in FURTHER_FINETUNE_SEEDS:
+            again = change(changed, finetune={"seeds": (seed,)})
+            yield {**label, FINETUNE_SEED: seed}, "own", again
         if recipe.generator.preset != "paper":
             yield label, recipe.generator.preset, changed
         yield label, "paper", with_paper_generator(changed)

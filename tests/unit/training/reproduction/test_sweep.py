@@ -16,6 +16,9 @@ from training.reproduction.variants import adapters_digest, change, list_rows
 from training.reproduction.workspace import Workspace
 from training.run_dir import RunDir
 
+FOURTH = ("own", "soup", "cond_p_diff", "own", "own", "token", "paper")
+"""Methods of a rank of Table 4, the last two own ones of further fine-tuning seeds."""
+
 
 def read_rows(out: Path, table: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((out / f"table-{table}.json").read_text())["rows"]
@@ -52,9 +55,13 @@ def test_all_tables_are_measured_resumed_and_share_their_work(
     assert rows[:2] == first
     assert [(row["label"]["rank"], row["method"]) for row in rows] == [
         ("-", "base"),
-        *((rank, m) for rank in (1, 2) for m in ("own", "soup", "cond_p_diff", "token", "paper")),
+        *((rank, method) for rank in (1, 2) for method in FOURTH),
     ]
-    by_name = {(row["label"]["rank"], row["method"]): row for row in rows}
+    again = [row["adapters"] for row in rows if "fine-tuning seed" in row["label"]]
+    assert len({*again}) == 4
+    by_name = {
+        (row["label"]["rank"], row["method"]): row for row in rows if row["adapters"] not in again
+    }
     assert by_name[2, "own"]["adapter_params"] == 2 * by_name[1, "own"]["adapter_params"]
     assert by_name[2, "token"]["seeds"] == [0, 1]
     assert by_name[2, "token"]["generator_params"] > 0
@@ -115,7 +122,13 @@ def test_variants_of_the_shipped_recipe_share_what_they_can() -> None:
     paper = read_recipe(variants.PAPER_RECIPE)
     assert adapters_digest(paper) == adapters_digest(recipe)
 
-    fourth = {(r.label["rank"], r.method): r for r in list_rows(4, recipe)}
+    rows = list_rows(4, recipe)
+    again = [row for row in rows if "fine-tuning seed" in row.label]
+    assert [(row.label["rank"], row.label["fine-tuning seed"]) for row in again] == [
+        (rank, seed) for rank in variants.RANKS for seed in (1, 2)
+    ]
+    assert len({row.adapters for row in rows}) == 3 * len(variants.RANKS)
+    fourth = {(r.label["rank"], r.method): r for r in rows if r not in again}
     fifth = {(r.label["rank"], r.label["depth"]): r for r in list_rows(5, recipe)}
     sixth = {(r.label["task vectors"], r.method): r for r in list_rows(6, recipe)}
     assert (len(fourth), len(fifth), len(sixth)) == (21, 24, 7)
