@@ -54,6 +54,12 @@ _ABLATIONS: Mapping[str, str] = {
 }
 """What a method lacks of `in_context_functional`, both behind the same prompt or behind none."""
 
+_CONTRAST: Mapping[str, str] = {
+    "in_context_contrastive": "contrast",
+    "in_context_functional": "nothing; contrast is added",
+}
+"""By the judged method: how the other of these two differs from it."""
+
 _READING = (
     "Intervals of the mean draw whole families. `better by` is by how much the judged method's "
     "mean over all tasks is better than the row's, also where there is no headroom. "
@@ -115,9 +121,11 @@ def render_unseen(suite: str, found: UnseenResults) -> Iterator[str]:
 def _list_ablations(found: UnseenResults) -> Iterator[str]:
     """Rows of a table: the judged method with one ingredient removed."""
     method, plus, prompt = found.judged.name.partition("+")
-    if method != "in_context_functional":
+    if method not in _CONTRAST:
         return
-    removed = {f"{name}{plus}{prompt}": lacks for name, lacks in _ABLATIONS.items()}
+    (other,) = {*_CONTRAST} - {method}
+    lacking = {other: _CONTRAST[method], **_ABLATIONS}
+    removed = {f"{name}{plus}{prompt}": lacks for name, lacks in lacking.items()}
     if plus:
         removed[method] = f"the {prompt} before the text"
         removed[prompt] = "an adapter"

@@ -103,14 +103,23 @@ def test_margins_are_counted(results: Path) -> None:
     assert (steered.passed, steered.measured) == (False, "on 1 of 2 tasks")
 
 
-def test_ablations_are_of_the_judged_method_behind_the_same_prompt(results: Path) -> None:
+@pytest.mark.parametrize(
+    ("judged", "other", "lacks"),
+    [
+        ("in_context_functional", "in_context_contrastive", "nothing; contrast is added"),
+        ("in_context_contrastive", "in_context_functional", "contrast"),
+    ],
+)
+def test_ablations_are_of_the_judged_method_behind_the_same_prompt(
+    results: Path, judged: str, other: str, lacks: str
+) -> None:
     path = results / UNSEEN_DIRS["text"] / "unseen.json"
     body = json.loads(path.read_text())
-    whole = "in_context_functional+description"
     body["results"] = [
-        asdict(make_share(whole, 0.8, None, 0.3)),
+        asdict(make_share(f"{judged}+description", 0.8, None, 0.3)),
+        asdict(make_share(f"{other}+description", 0.8, 0.0, 0.3)),
         asdict(make_share("in_context+description", 0.7, 0.1, 0.3)),
-        asdict(make_share("in_context_functional", 0.6, 0.2, 0.3)),
+        asdict(make_share(judged, 0.6, 0.2, 0.3)),
         asdict(make_share("in_context", 0.5, 0.3, 0.3)),
         asdict(make_share("description", 0.4, 0.4, 0.3)),
     ]
@@ -118,9 +127,9 @@ def test_ablations_are_of_the_judged_method_behind_the_same_prompt(results: Path
     text = render_document(results, results, results)
     table = text.partition("What each ingredient is worth:")[2].strip().split("\n\n")[0]
     assert table.splitlines()[2:] == [
+        f"| {lacks} | `{other}+description` | 0.800 | 0.000 (-0.050 to 0.050) |",
         "| training through the base | `in_context+description` | 0.700 | 0.100 (0.050 to 0.150) |",
-        "| the description before the text | `in_context_functional` | 0.600 | "
-        "0.200 (0.150 to 0.250) |",
+        f"| the description before the text | `{judged}` | 0.600 | 0.200 (0.150 to 0.250) |",
         "| an adapter | `description` | 0.400 | 0.400 (0.350 to 0.450) |",
     ]
     assert text.count("What each ingredient is worth:") == 1  # of the other suite nothing is judged
