@@ -19,6 +19,7 @@ install_import_hook(
 
 pytest_plugins = [
     "tests.fixtures.redis_server",
+    "tests.fixtures.redis_cache_kit",
     "tests.fixtures.tiny_bundle",
     "tests.fixtures.tiny_detection_bundle",
     "tests.fixtures.tiny_open_clip",

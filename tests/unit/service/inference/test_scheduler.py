@@ -1,26 +1,28 @@
-"""Who shares a batch, who is refused, and that every waiter is answered once, whatever fails."""
+"""Who shares a batch, and that every waiter is answered once, whatever fails."""
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing
 
 import pytest
 
 from service.errors import (
     AdapterNotFoundError,
-    DeadlineExceededError,
     IcmLoraError,
     InvalidInputError,
-    NotReadyError,
-    QueueFullError,
 )
-from service.inference.completion import TextDelta
-from service.inference.load import LoadEstimate
 from service.inference.scheduler import Scheduler
 from service.inference.text import Completion, CompletionRequest
+from tests.fixtures.scheduler_kit import (
+    DEADLINE,
+    LONG,
+    Observed,
+    collect,
+    failing_step,
+    run_scheduler,
+    start_long,
+)
 from tests.fixtures.tiny_engine import (
     LETTERS,
     EngineKit,
@@ -29,84 +31,10 @@ from tests.fixtures.tiny_engine import (
     load_random_base,
 )
 
-DEADLINE = 60.0
-LONG = 480
-"""Tokens of a completion that keeps the inference thread busy for a while."""
-
-
-class Observed:
-    """What an observer is told; `batches` are the steps, equal ones in a row once."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[int, int]] = []
-        self.rejections: list[str] = []
-        self.depths: list[int] = []
-        self.tokens = 0
-        self.first_tokens = 0
-        self.disconnects = 0
-        self.running = 0
-
-    def on_step(self, rows: int, distinct_adapters: int, /) -> None:
-        if self.batches[-1:] != [(rows, distinct_adapters)]:
-            self.batches.append((rows, distinct_adapters))
-
-    def on_queue(self, depth: int, work: int, /) -> None:
-        assert (depth == 0) == (work == 0)
-        self.depths.append(depth)
-
-    def on_running(self, rows: int, /) -> None:
-        self.running = rows
-
-    def on_first_token(self, seconds: float, /) -> None:
-        assert seconds > 0
-        self.first_tokens += 1
-
-    def on_finish(self, seconds: float, tokens: int, /) -> None:
-        assert seconds > 0
-        self.tokens += tokens
-
-    def on_disconnect(self) -> None:
-        self.disconnects += 1
-
-    def on_rejection(self, reason: str, /) -> None:
-        self.rejections.append(reason)
-
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> EngineKit:
     return build_engine(load_chained_base(tmp_path_factory.mktemp("cache")))
-
-
-async def collect(
-    items: AsyncGenerator[TextDelta | Completion, None],
-) -> tuple[list[TextDelta], Completion]:
-    deltas: list[TextDelta] = []
-    async for item in items:
-        if isinstance(item, Completion):
-            return deltas, item
-        deltas.append(item)
-    raise AssertionError("a stream without an answer")
-
-
-@asynccontextmanager
-async def run_scheduler(
-    kit: EngineKit, observed: Observed, **limits: float
-) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(kit.engine, observer=observed, **limits)  # type: ignore[arg-type]
-    scheduler.start()
-    try:
-        yield scheduler
-    finally:
-        await scheduler.drain(10.0)
-
-
-async def start_long(
-    kit: EngineKit, scheduler: Scheduler, observed: Observed
-) -> "asyncio.Task[Completion]":
-    task = asyncio.create_task(scheduler.submit(kit.request("a", max_tokens=LONG), DEADLINE))
-    while not observed.batches:
-        await asyncio.sleep(0.001)
-    return task
 
 
 def test_requests_that_wait_share_a_batch_whatever_their_adapters(kit: EngineKit) -> None:
@@ -157,25 +85,6 @@ def test_a_batch_window_waits_for_company_but_not_once_full(kit: EngineKit) -> N
         assert observed.batches == [(2, 1)]
 
     asyncio.run(scenario())
-
-
-@contextmanager
-def failing_step(kit: EngineKit) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """The next step of the model sets the first event, waits for the second, and then fails."""
-    reached, go_on = threading.Event(), threading.Event()
-
-    def fail(*_: object) -> None:
-        hook.remove()
-        reached.set()
-        go_on.wait(30.0)
-        raise RuntimeError("out of memory")
-
-    hook = kit.base.model.register_forward_pre_hook(fail)
-    try:
-        yield reached, go_on
-    finally:
-        go_on.set()
-        hook.remove()
 
 
 @pytest.mark.parametrize("loop_is_closed", [False, True])
@@ -310,100 +219,6 @@ def test_cancelled_rows_leave_a_batch_that_goes_on(kit: EngineKit) -> None:
     asyncio.run(scenario())
 
 
-def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        limits = {"max_queue": 1, "max_batch_rows": 1}
-        async with run_scheduler(kit, observed, **limits) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
-            await asyncio.sleep(0)
-            with pytest.raises(QueueFullError) as refused:
-                await scheduler.submit(kit.request("c"), DEADLINE)
-            assert refused.value.retry_after_seconds >= 1
-            assert observed.rejections == ["queue_full"]
-            await asyncio.gather(long, waiting)
-
-    asyncio.run(scenario())
-
-
-def test_a_cancelled_request_gives_up_its_place(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        limits = {"max_queue": 1, "max_batch_rows": 1}
-        async with run_scheduler(kit, observed, **limits) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
-            await asyncio.sleep(0)
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            assert observed.depths[-1] == 0
-            long.cancel()
-            answer = await scheduler.submit(kit.request("c", max_tokens=2), DEADLINE)
-            assert answer.text == "de"
-        assert observed.tokens == 2  # the long one was stopped, not finished in vain
-
-    asyncio.run(scenario())
-
-
-def test_a_deadline_ends_waiting_and_running_requests(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
-            with pytest.raises(DeadlineExceededError):
-                await scheduler.submit(kit.request("a", max_tokens=LONG), 0.05)
-            long = await start_long(kit, scheduler, observed)
-            with pytest.raises(DeadlineExceededError):
-                await scheduler.submit(kit.request("b"), 0.0)
-            await long
-            answer = await scheduler.submit(kit.request("a", max_tokens=1), DEADLINE)
-            assert answer.text == "b"
-        assert observed.rejections == ["deadline_exceeded"] * 2
-
-    asyncio.run(scenario())
-
-
-def test_a_deadline_is_told_by_the_waiter_s_clock_even_when_its_loop_is_late(
-    kit: EngineKit,
-) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
-            task = asyncio.create_task(scheduler.submit(kit.request("a", max_tokens=LONG), 0.02))
-            while not (observed.batches or task.done()):
-                await asyncio.sleep(0)
-            time.sleep(0.2)  # meanwhile the thread notices, and drops the row
-            with pytest.raises(DeadlineExceededError, match=r"within 0\.02 seconds"):
-                await task
-        assert observed.rejections == ["deadline_exceeded"]
-
-    asyncio.run(scenario())
-
-
-def test_what_waited_too_long_does_not_run_even_when_its_loop_is_late(
-    kit: EngineKit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            monkeypatch.setattr(scheduler._load, "estimate_wait", lambda *_: 0.0)
-            monkeypatch.setattr(scheduler._load, "estimate_seconds", lambda *_: 0.0)
-            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), 0.001))
-            await asyncio.sleep(0)
-            while not observed.tokens:
-                time.sleep(0.01)  # the loop can take nothing out of the queue
-            while observed.depths[-1]:
-                time.sleep(0.01)
-            await long
-            with pytest.raises(DeadlineExceededError):
-                await waiting
-        assert observed.batches == [(1, 1)]
-
-    asyncio.run(scenario())
-
-
 def test_an_engine_failure_is_its_batch_s_alone(
     kit: EngineKit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -450,87 +265,6 @@ def test_a_request_that_cannot_be_admitted_fails_alone(
     asyncio.run(scenario())
     assert [record.message for record in caplog.records] == ["a request failed"]
     assert kit.engine.slots.stats().leased == 0
-
-
-def test_drain_finishes_what_was_accepted_and_refuses_the_rest(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            waiting = asyncio.create_task(scheduler.submit(kit.request("b", max_tokens=2), 30))
-            await asyncio.sleep(0)
-            drained = asyncio.create_task(scheduler.drain(20.0))
-            await asyncio.sleep(0)
-            with pytest.raises(NotReadyError):
-                await scheduler.submit(kit.request("c"), DEADLINE)
-            await drained
-            assert len((await long).text) == LONG
-            assert (await waiting).text == "cd"
-
-    asyncio.run(scenario())
-
-
-def test_drain_returns_at_once_where_nothing_runs(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        scheduler = Scheduler(kit.engine)
-        scheduler.start()
-        async with asyncio.timeout(10.0):
-            await scheduler.drain(60.0)
-            await scheduler.drain(60.0)
-
-    asyncio.run(scenario())
-
-
-def test_drain_past_its_grace_answers_what_is_left(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            waiting = asyncio.create_task(scheduler.submit(kit.request("b"), DEADLINE))
-            await asyncio.sleep(0)
-            await scheduler.drain(0.01)
-            for task in (long, waiting):
-                with pytest.raises(NotReadyError, match="shutting down"):
-                    await task
-        assert observed.depths[-1] == 0
-        assert observed.tokens == 0
-
-    asyncio.run(scenario())
-
-
-def test_drain_does_not_wait_for_a_step_that_hangs(kit: EngineKit) -> None:
-    go_on = threading.Event()
-    hook = kit.base.model.register_forward_pre_hook(lambda *_: not go_on.wait(30.0))
-
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
-            hanging = await start_long(kit, scheduler, observed)
-            started = time.monotonic()
-            await scheduler.drain(0.1)
-            with pytest.raises(NotReadyError):
-                await hanging
-            assert time.monotonic() - started < 5.0
-            go_on.set()
-
-    try:
-        asyncio.run(scenario())
-    finally:
-        go_on.set()
-        hook.remove()
-
-
-def test_limits_out_of_range_and_a_scheduler_that_was_not_started(kit: EngineKit) -> None:
-    with pytest.raises(InvalidInputError):
-        Scheduler(kit.engine, max_queue=0)
-
-    async def scenario() -> None:
-        scheduler = Scheduler(kit.engine)
-        with pytest.raises(NotReadyError):
-            await scheduler.submit(kit.request("a"), DEADLINE)
-        await scheduler.drain(1.0)
-
-    asyncio.run(scenario())
 
 
 def test_a_stream_tells_final_text_as_it_grows(kit: EngineKit) -> None:
@@ -582,73 +316,6 @@ def test_a_closed_stream_stops_its_row(kit: EngineKit) -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_that_would_miss_its_deadline_is_refused_at_once(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed, max_batch_rows=1) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            while scheduler._load.estimate_seconds(1) == 0:
-                await asyncio.sleep(0.001)
-            started = time.monotonic()
-            with pytest.raises(QueueFullError, match="miss its deadline"):
-                await scheduler.submit(kit.request("b", max_tokens=400), 0.01)
-            assert time.monotonic() - started < 0.05
-            await long
-        assert observed.rejections == ["queue_full"]
-
-    asyncio.run(scenario())
-
-
-def test_estimated_work_bounds_the_queue(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        limits = {"max_queue_work": 100, "max_batch_rows": 1}
-        async with run_scheduler(kit, observed, **limits) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            waiting = asyncio.create_task(
-                scheduler.submit(kit.request("b", max_tokens=60), DEADLINE)
-            )
-            await asyncio.sleep(0)
-            with pytest.raises(QueueFullError):
-                await scheduler.submit(kit.request("b", max_tokens=60), DEADLINE)
-            await asyncio.gather(long, waiting)
-
-    asyncio.run(scenario())
-
-
-def test_a_flood_gets_no_other_tenant_refused(
-    kit: EngineKit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = LoadEstimate(1)
-    load.observe_step(1, 0.02)
-    monkeypatch.setattr(load, "observe_step", lambda *_: None)
-
-    async def scenario() -> None:
-        observed = Observed()
-        limits = {"max_queue": 4, "max_batch_rows": 1}
-        async with run_scheduler(kit, observed, **limits) as scheduler:
-            long = await start_long(kit, scheduler, observed)
-            scheduler._load = load  # 5 seconds are left of the long one
-            flood = [
-                asyncio.create_task(
-                    scheduler.submit(kit.request("b", max_tokens=100, tenant="flood"), DEADLINE)
-                )
-                for _ in range(4)  # 8 seconds
-            ]
-            await asyncio.sleep(0)
-            with pytest.raises(QueueFullError):
-                await scheduler.submit(kit.request("c", tenant="flood"), DEADLINE)
-            quiet = kit.request("c", max_tokens=3, tenant="quiet")
-            assert (await scheduler.submit(quiet, 10.0)).text == "def"
-            with pytest.raises(QueueFullError, match="miss its deadline"):
-                await scheduler.submit(kit.request("c", max_tokens=600, tenant="quiet"), 10.0)
-            for task in flood:
-                task.cancel()
-            await long
-
-    asyncio.run(scenario())
-
-
 def test_running_and_waiting_adapters_are_told(kit: EngineKit) -> None:
     async def scenario() -> None:
         observed = Observed()
@@ -662,79 +329,5 @@ def test_running_and_waiting_adapters_are_told(kit: EngineKit) -> None:
             assert scheduler.running_adapters() == [None]
             assert scheduler.waiting_adapters() == ["adapter-1"]
             await asyncio.gather(long, *waiting)
-
-    asyncio.run(scenario())
-
-
-def test_an_idle_thread_runs_short_functions_and_a_busy_one_refuses_them(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        async with run_scheduler(kit, observed) as scheduler:
-            for _ in range(2):
-                name = scheduler.run_if_idle(lambda: threading.current_thread().name)
-                assert name is not None
-                assert await asyncio.wrap_future(name) == "inference"
-            failing = scheduler.run_if_idle(lambda: 1 // 0)
-            assert failing is not None
-            with pytest.raises(ZeroDivisionError):
-                await asyncio.wrap_future(failing)
-            begun, may_end = threading.Event(), threading.Event()
-
-            def wait() -> None:
-                begun.set()
-                may_end.wait(10)
-
-            given_up = asyncio.wrap_future(scheduler.run_if_idle(wait))
-            await asyncio.to_thread(begun.wait, 10)
-            never_begun = scheduler.run_if_idle(lambda: pytest.fail("nobody waits for it"))
-            assert never_begun is not None
-            assert never_begun.cancel()
-            given_up.cancel()
-            may_end.set()
-            long = await start_long(kit, scheduler, observed)  # the thread goes on
-            assert scheduler.run_if_idle(lambda: None) is None
-            await long
-        assert scheduler.run_if_idle(lambda: None) is None  # it has ended
-
-    asyncio.run(scenario())
-
-
-def test_functions_run_one_a_step_beside_what_runs_and_at_once_where_nothing_does(
-    kit: EngineKit,
-) -> None:
-    async def scenario() -> None:
-        observed = Observed()
-        steps: list[int] = []
-        step = kit.engine.step
-
-        def count_step() -> None:
-            steps.append(0)
-            step()
-
-        async with run_scheduler(kit, observed) as scheduler:
-            idle = [scheduler.run_between_steps(threading.get_ident) for _ in range(3)]
-            names = {await asyncio.wrap_future(each) for each in idle}
-            assert len(names) == 1
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kit.engine, "step", count_step)
-                long = await start_long(kit, scheduler, observed)
-                calls = [scheduler.run_between_steps(lambda: len(steps)) for _ in range(5)]
-                failing = scheduler.run_between_steps(lambda: 1 // 0)
-                seen = [await asyncio.wrap_future(each) for each in calls]
-                with pytest.raises(ZeroDivisionError):
-                    await asyncio.wrap_future(failing)
-                assert len((await long).text) == LONG
-            assert seen == list(range(seen[0], seen[0] + 5))
-        with pytest.raises(NotReadyError):
-            scheduler.run_between_steps(lambda: None)
-
-    asyncio.run(scenario())
-
-
-def test_functions_that_wait_are_run_before_a_drained_thread_ends(kit: EngineKit) -> None:
-    async def scenario() -> None:
-        async with run_scheduler(kit, Observed()) as scheduler:
-            calls = [scheduler.run_between_steps(lambda: time.sleep(0.02)) for _ in range(5)]
-        assert all(each.done() for each in calls)
 
     asyncio.run(scenario())
