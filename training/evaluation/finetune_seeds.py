@@ -1,11 +1,12 @@
-"""Own adapters of further fine-tuning seeds, scored as the text evaluation scores those of seed 0.
+"""The text evaluation over fine-tuning seeds: own adapters of further ones, and COND P-DIFF of one.
 
     python -m training.evaluation.finetune_seeds --run runs/text-seeds --out training/results
 
 How far apart are two fine-tunings of one task? A generated adapter is no better or worse than its
-task's own one by less. Fine-tunes the shipped text bundle's tasks anew under seeds 1 and 2: about
-50 minutes of one core a seed. It resumes, and several processes may share a run. Detection has its
-further seeds in Table 4 (`icm-lora reproduce`).
+task's own one by less. Fine-tunes the shipped text bundle's tasks anew under seeds 1 and 2 (about
+40 minutes of one core a seed), fits COND P-DIFF to the checkpoints of the first, and scores them
+all on the windows of the committed evaluation. It resumes, and several processes may share a run
+while they fine-tune. Detection has all of this in Table 4 (`icm-lora reproduce`).
 """
 
 import argparse
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import read_bundle
+from service.synthesis.synthesizer import VECTOR_DTYPE
+from service.synthesis.task_encoder import build_task_encoder
 from training.adapters import cut_windows, tokenize_documents
-from training.checkpoint import read_tensors, write_text
+from training.baselines import TrainingTasks, build_baseline
+from training.checkpoint import write_text
 from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.text import sum_window_nll
 from training.pipeline import Pipeline, describe_commit
@@ -27,29 +33,63 @@ from training.progress import show_progress
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
+from training.task_vectors import encoder_spec
 from training.tasks.text import TextTask
 
 SEEDS = (1, 2)
+"""Of fine-tuning; the evaluation's own adapters are of seed 0."""
+
 RESULT_NAME = "finetune_seeds.json"
 
 
-def score_seeds(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Nats a token of every task's own adapter, by fine-tuning seed and task.
+Adapters = dict[str, Float[Tensor, " num_params"]]
+"""By task."""
 
-    Args:
-        pipeline: of a run whose adapters are all there.
-        settings: of the evaluation: which windows.
+
+def read_own(pipeline: Pipeline, seed: int) -> Adapters:
+    """Mean late checkpoint of every task under one fine-tuning seed.
 
     Raises:
         InvalidRecipeError: an adapter is missing: another process still fine-tunes it.
+    """
+    return {name: kept.mean(0) for name, kept in _read_checkpoints(pipeline, seed).items()}
+
+
+def generate_by_cond_p_diff(pipeline: Pipeline, seed: int) -> Adapters:
+    """What COND P-DIFF, fitted to one fine-tuning seed, makes of every task's unseen wording."""
+    checkpoints = _read_checkpoints(pipeline, seed)
+    families = dict(zip(checkpoints, pipeline.families, strict=True))
+    vectors = pipeline.encode_task_vectors()
+    tasks = TrainingTasks.from_stages(pipeline.bases.layout, checkpoints, vectors, families)
+    baseline = build_baseline("cond_p_diff")
+    baseline.fit(tasks, seed=0)
+    recipe = pipeline.run.recipe
+    encoder = build_task_encoder(encoder_spec(recipe.encoder, recipe.base))
+    unseen = encoder.encode([task.heldout_descriptions[0] for task in pipeline.tasks])
+    made = {
+        name: baseline.generate(vector, seed=0)
+        for name, vector in zip(checkpoints, unseen, strict=True)
+    }
+    return {name: vector.to(VECTOR_DTYPE).float() for name, vector in made.items()}
+
+
+def score_adapters(
+    pipeline: Pipeline, adapters: Mapping[str, Adapters], settings: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Nats a token, by label and task.
+
+    Args:
+        pipeline: of the tasks and the base.
+        adapters: by label.
+        settings: of the evaluation: which windows.
+
+    Raises:
         InvalidTaskDataError: a task holds too few held-out windows.
     """
-    pipeline.read_checkpoints()
-    run, base = pipeline.run, pipeline.base
-    seeds = run.recipe.finetune.seeds
+    base = pipeline.base
     attachment = Attachment(base.model, pipeline.bases)
-    scores: dict[str, dict[str, float]] = {str(seed): {} for seed in seeds}
-    with show_progress("score seeds", len(seeds) * len(pipeline.tasks)) as report:
+    scores: dict[str, dict[str, float]] = {label: {} for label in adapters}
+    with show_progress("score seeds", len(adapters) * len(pipeline.tasks)) as report:
         for task in pipeline.tasks:
             assert isinstance(task, TextTask), "detection has no windows"
             windows = cut_windows(
@@ -58,14 +98,22 @@ def score_seeds(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, di
                 settings["window_tokens"],
                 settings["seed"],
             )
-            for seed in seeds:
-                own = read_tensors(run.adapter(task.name, seed))[0]["checkpoints"].float().mean(0)
-                nll = sum_window_nll(base, attachment, own, windows)
+            for label, vectors in adapters.items():
+                nll = sum_window_nll(base, attachment, vectors[task.name], windows)
                 predicted = len(windows) * (windows.shape[1] - 1)
-                scores[str(seed)][task.name] = float(nll.sum()) / predicted
+                scores[label][task.name] = float(nll.sum()) / predicted
                 report(sum(map(len, scores.values())))
     attachment.detach(base.model)
     return scores
+
+
+def _read_checkpoints(
+    pipeline: Pipeline, seed: int
+) -> dict[str, Float[Tensor, "checkpoints num_params"]]:
+    finetune = pipeline.run.recipe.finetune
+    every = pipeline.read_checkpoints()
+    first = finetune.seeds.index(seed) * finetune.keep_last
+    return {name: rows[first : first + finetune.keep_last] for name, rows in every.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,13 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipeline = Pipeline(RunDir.open(given.run, Recipe.model_validate(body)))
     bundle.check_base(pipeline.base.digest)
     pipeline.fine_tune_adapters()
+    adapters = {f"own.{seed}": read_own(pipeline, seed) for seed in SEEDS}
+    adapters[f"cond_p_diff.{SEEDS[0]}"] = generate_by_cond_p_diff(pipeline, SEEDS[0])
     evaluation = json.loads((RESULTS_DIR / name / "evaluation.json").read_text(encoding="utf-8"))
     document = {
         "bundle": name_bundle(bundle),
         "commit": describe_commit(),
         "hardware": describe_hardware(),
         "settings": evaluation["settings"],
-        "nats_per_token": score_seeds(pipeline, evaluation["settings"]),
+        "nats_per_token": score_adapters(pipeline, adapters, evaluation["settings"]),
     }
     write_text(given.out / name / RESULT_NAME, json.dumps(document, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ from training.evaluation.text import MAX_PPL_RATIO
 from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.remeasure import Remeasured, remeasure_suite
 from training.reproduction.row_store import StoredRow, read_table
-from training.reproduction.seed_noise import list_noises
+from training.reproduction.seed_noise import list_noises, read_text_gaps
 from training.reproduction.tables import LABELS, compare
 from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_targets, read_unseen
 from training.reproduction.variants import RANKS, SWEEPS
@@ -141,6 +141,17 @@ def _check_text(results: Path) -> Iterator[Verdict]:
         f"{means['generated']:.3f}",
         f"below {means['soup']:.3f} nats a token",
         means["generated"] < means["soup"],
+    )
+    gaps = read_text_gaps(results)
+    name = f"table 2: ahead of {LABELS['cond_p_diff']} on the mean"
+    if not gaps:
+        yield Verdict(name, "-", "python -m training.evaluation.finetune_seeds", None)
+        return
+    yield Verdict(
+        name,
+        f"{gaps['generated']:+.4f} of own",
+        f"below {gaps['cond_p_diff']:+.4f} nats a token",
+        gaps["generated"] < gaps["cond_p_diff"],
     )
 
 

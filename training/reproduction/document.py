@@ -8,7 +8,7 @@ from training.checkpoint import write_text
 from training.evaluation import detection_report, report
 from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.row_store import StoredRow, read_table
-from training.reproduction.seed_noise import list_noises, render_seed_noise
+from training.reproduction.seed_noise import list_noises, read_text_gaps, render_seed_noise
 from training.reproduction.tables import (
     describe_machine,
     describe_runs,
@@ -192,6 +192,12 @@ def _render_suite(suite: str, results: Path) -> Iterator[str]:
     )
     yield _PAPERS_LINE
     yield report.render_table(evaluation.text)
+    if gaps := read_text_gaps(results):
+        yield (
+            f"COND P-DIFF (re-implemented), fitted to own adapters of another fine-tuning seed, is "
+            f"{gaps['cond_p_diff']:+.4f} nats a token from these on the mean, `generated` "
+            f"{gaps['generated']:+.4f} from its own."
+        )
     yield from _render_losses(list_text_losses(evaluation.text))
 
 

@@ -72,19 +72,48 @@ def read_detection_noise(results: Path = RESULTS_DIR, *, paper: Path) -> SeedNoi
     return _measure(generated, [own, *further])
 
 
-def read_text_noise(results: Path = RESULTS_DIR) -> SeedNoise | None:
-    """Of Table 2, in nats a token, negative: higher is better."""
+def read_text_seeds(results: Path = RESULTS_DIR) -> dict[str, dict[str, float]]:
+    """Nats a token by `own.SEED` and `cond_p_diff.SEED`, and by task; empty if not measured."""
     path = results / SUITES["text"] / RESULT_NAME
     if not path.exists():
+        return {}
+    scores: dict[str, dict[str, float]]
+    scores = json.loads(path.read_text(encoding="utf-8"))["nats_per_token"]
+    return scores
+
+
+def read_text_noise(results: Path = RESULTS_DIR) -> SeedNoise | None:
+    """Of Table 2, in nats a token, negative: higher is better."""
+    seeds = read_text_seeds(results)
+    if not seeds:
         return None
-    further = json.loads(path.read_text(encoding="utf-8"))["nats_per_token"]
     evaluated = read_evaluation("text", results).text
     own = {each.name: each.scores["own"].nats_per_token for each in evaluated}
+    further = [scores for label, scores in seeds.items() if label.startswith("own.")]
     generated = {each.name: -each.scores["generated"].nats_per_token for each in evaluated}
-    negative = [
-        {name: -nats for name, nats in scores.items()} for scores in (own, *further.values())
-    ]
+    negative = [{name: -nats for name, nats in scores.items()} for scores in (own, *further)]
     return _measure(generated, negative)
+
+
+def read_text_gaps(results: Path = RESULTS_DIR) -> dict[str, float]:
+    """Nats a token beyond own adapters, means over tasks, of `generated` and `cond_p_diff`.
+
+    Each is compared with the own adapters of the fine-tuning seed that it learned from. Empty if
+    not measured.
+    """
+    seeds = read_text_seeds(results)
+    label = next((label for label in seeds if label.startswith("cond_p_diff.")), None)
+    if label is None:
+        return {}
+    evaluated = read_evaluation("text", results).text
+    own = seeds["own." + label.partition(".")[2]]
+    return {
+        "generated": mean(
+            each.scores["generated"].nats_per_token - each.scores["own"].nats_per_token
+            for each in evaluated
+        ),
+        "cond_p_diff": mean(nats - own[name] for name, nats in seeds[label].items()),
+    }
 
 
 def render_seed_noise(noises: Mapping[str, SeedNoise]) -> Iterator[str]:

@@ -23,7 +23,8 @@ def test_committed_results_meet_the_targets_of_seen_tasks(tmp_path: Path) -> Non
     verdicts = check_committed(paper=tmp_path)
 
     judged = [v for v in verdicts if v.name.startswith(("table 1", "table 2"))]
-    assert [v.passed for v in judged if "seed interval" not in v.name] == [True] * 6
+    assert len([v for v in judged if v.passed]) >= 6
+    assert not [v.name for v in judged if v.passed is False]
     unmeasured = [v.name for v in verdicts if v.passed is None and v.name.startswith("table 4")]
     assert unmeasured == [
         *(f"table 4, rank {rank}: generated like own" for rank in RANKS),

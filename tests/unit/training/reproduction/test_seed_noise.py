@@ -1,6 +1,7 @@
 """Generated adapters are judged by the spread of own ones over fine-tuning seeds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from training.evaluation.outcomes import Outcome
 from training.reproduction.check import check_committed
 from training.reproduction.document import render_document
 from training.reproduction.row_store import RowStore
-from training.reproduction.seed_noise import read_rank_noise, read_text_noise
+from training.reproduction.seed_noise import read_rank_noise, read_text_gaps, read_text_noise
 from training.shipped import RESULTS_DIR, SUITES
 
 
@@ -67,6 +68,8 @@ def test_it_is_a_target_and_a_part_of_the_document(tmp_path: Path) -> None:
 def test_texts_are_judged_by_nats_where_less_is_better(
     tmp_path: Path, shift: float, expected: Outcome
 ) -> None:
+    other = SUITES["detection"]
+    shutil.copytree(RESULTS_DIR / other, tmp_path / other)
     name = SUITES["text"]
     document = json.loads((RESULTS_DIR / name / "evaluation.json").read_text())
     own = {}
@@ -76,12 +79,20 @@ def test_texts_are_judged_by_nats_where_less_is_better(
     write_text(tmp_path / name / "evaluation.json", json.dumps(document))
     assert read_text_noise(tmp_path) is None
 
-    further = {"1": 0.004, "2": -0.004}
-    nats = {
-        seed: {task: value + more for task, value in own.items()} for seed, more in further.items()
-    }
+    more = {"own.1": 0.004, "own.2": -0.004, "cond_p_diff.1": 0.024}
+    nats = {label: {task: own[task] + by for task in own} for label, by in more.items()}
     write_text(tmp_path / name / RESULT_NAME, json.dumps({"nats_per_token": nats}))
     noise = read_text_noise(tmp_path)
     assert noise is not None
     assert {*noise.outcomes.values()} == {expected}
+    assert len(noise.own) == 3
     assert noise.own[1] == pytest.approx(noise.own[0] - 0.004)
+    gaps = read_text_gaps(tmp_path)
+    assert gaps["cond_p_diff"] == pytest.approx(0.02)
+    assert abs(gaps["generated"] + shift) < 0.01
+    (verdict,) = (
+        v
+        for v in check_committed(tmp_path, tmp_path)
+        if v.name.startswith("table 2: ahead of COND")
+    )
+    assert verdict.passed is True
