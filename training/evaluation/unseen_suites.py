@@ -76,6 +76,10 @@ class UnseenSuite(Protocol):
         """A task's score in `unit`; several fine-tunings or seeds are averaged."""
         ...
 
+    def resample(self, score: Score) -> Resampled:
+        """A task's score on draws of its data; higher is better."""
+        ...
+
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]
     ) -> HeadroomShare:
@@ -129,6 +133,10 @@ class TextSuite:
     def read(self, scores: Sequence[Score]) -> float:
         """NLL per token."""
         return float(_average(scores).sum() / self._tokens.sum())
+
+    def resample(self, score: Score) -> Resampled:
+        """Negative NLL per token."""
+        return resample_ratio(-score, self._tokens, seed=0)
 
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]
@@ -195,6 +203,10 @@ class DetectionSuite:
     def read(self, scores: Sequence[Score]) -> float:
         """AP50."""
         return float(_average(scores)[0])
+
+    def resample(self, score: Score) -> Resampled:
+        """AP50 of the draws of instances."""
+        return _read_draws(score)
 
     def measure_share(
         self, base: Score, own: Sequence[Score], judged: Sequence[Score]

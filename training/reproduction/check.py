@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.evaluation.detection import MAX_MEAN_GAP, MAX_TASK_GAP, check_detection, mean_ap50
+from training.evaluation.seen_steering import RESULT_NAME as STEERING_NAME
 from training.evaluation.text import MAX_PPL_RATIO
 from training.reproduction.committed import PAPER_DIR, read_evaluation
 from training.reproduction.remeasure import Remeasured, remeasure_suite
@@ -56,6 +57,7 @@ def check_committed(results: Path = RESULTS_DIR, paper: Path = PAPER_DIR) -> lis
         *_check_text(results),
         *_check_ranks(paper),
         *_check_seed_noise(results, paper),
+        *_check_steering(results),
         *_check_unseen(results),
         *_check_in_distribution(results),
     ]
@@ -198,6 +200,19 @@ def _check_seed_noise(results: Path, paper: Path) -> Iterator[Verdict]:
             f"inside or better on {MIN_SHARE:.0%}",
             noise.num_inside >= MIN_SHARE * count,
         )
+
+
+def _check_steering(results: Path) -> Iterator[Verdict]:
+    for suite, name in SUITES.items():
+        path = results / name / f"{STEERING_NAME}.json"
+        target = f"seen {suite}: steering margin above 0"
+        if not path.exists():
+            yield Verdict(target, "-", "python -m training.evaluation.seen_steering", None)
+            continue
+        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"].values()
+        steered = sum(task["margin"]["value"] > 0 for task in tasks)
+        measured = f"on {steered} of {len(tasks)} tasks"
+        yield Verdict(target, measured, "on all", steered == len(tasks))
 
 
 def _check_unseen(results: Path) -> Iterator[Verdict]:

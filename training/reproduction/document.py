@@ -97,6 +97,7 @@ def render_document(results: Path, paper: Path, root: Path) -> str:
     for number in TABLES:
         parts += [f"## Table {number}: {TABLES[number]}", *render_section(number, results, paper)]
     parts += ["## Seed noise", *_render_seed_noise(results, paper)]
+    parts += ["## Steering margins of seen tasks", *_render_steering(results)]
     for suite, folder in UNSEEN_DIRS.items():
         parts += [f"## Unseen tasks: {suite}", *_render_unseen_suite(suite, results)]
         picture = results / folder / "unseen.png"
@@ -228,6 +229,17 @@ def _render_audit(results: Path) -> Iterator[str]:
         "other` is the nearest own adapter of another task, its distance relative to the generated "
         "update. `shared errors` are Jaccard indices of what is got wrong on held-out data: with "
         "the task's own adapter, and with that other one.",
+        results,
+    )
+
+
+def _render_steering(results: Path) -> Iterator[str]:
+    yield from _render_tables(
+        "seen_steering",
+        "Is it what the words say that makes an adapter good? The margin is the score under the "
+        "task's unseen wording less that under the best of the wrong words; shown of each kind is "
+        "the best. What the base is asked is the same throughout. AP50, or nats a token, of which "
+        "fewer are better.",
         results,
     )
 
