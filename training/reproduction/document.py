@@ -21,6 +21,7 @@ from training.reproduction.tables import (
 )
 from training.reproduction.unseen_results import (
     UNSEEN_DIRS,
+    WHY_NOT_FURTHER,
     list_unseen_losses,
     read_unseen,
     render_unseen,
@@ -218,6 +219,7 @@ def _render_unseen_suite(suite: str, results: Path) -> Iterator[str]:
         return
     yield from render_unseen(suite, found)
     yield from _render_losses([*list_unseen_losses(found.results)])
+    yield WHY_NOT_FURTHER[suite]
 
 
 def _render_audit(results: Path) -> Iterator[str]:
