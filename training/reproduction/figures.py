@@ -83,13 +83,13 @@ def draw_task_vectors(
         axes.set_yticks([])
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "figure-2.png", dpi=90)
-    pyplot.close(figure)
     of = ", ".join(f"`{b.name}` (`{b.digest[:12]}`)" for b, _ in bundles.values())
     caption = (
         f"Task vectors of the bundles {of}, t-SNE by cosine, perplexity {PERPLEXITY:g}, seed 0."
     )
     _write_caption(out, 2, caption)
+    figure.savefig(out / "figure-2.png", dpi=90)
+    pyplot.close(figure)
 
 
 def draw_methods(recipe: Recipe, workspace: Workspace, out: Path) -> None:
@@ -123,15 +123,16 @@ def _draw(
 ) -> None:
     pipeline = workspace.open_adapters(recipe)
     assert pipeline.detection is not None, "figures 4 and 5 are of detection"
-    draw_pictures(pipeline.base, pipeline.detection, pictures, out / f"figure-{number}.png")
     caption = (
         f"Recipe `{recipe.bundle.name}` (`{recipe.digest[:12]}`), generator seed {recipe.seed}, "
         f"the first test scene of each category, boxes of a confidence of at least {SHOWN_SCORE:g}."
     )
     _write_caption(out, number, caption)
+    draw_pictures(pipeline.base, pipeline.detection, pictures, out / f"figure-{number}.png")
 
 
 def _write_caption(out: Path, number: int, caption: str) -> None:
+    """Before the picture is drawn, whose file would make the checkout a modified one."""
     body: dict[str, Any] = {
         "figure": number,
         "caption": caption,
