@@ -241,7 +241,8 @@ def _render_steering(results: Path) -> Iterator[str]:
         "Is it what the words say that makes an adapter good? The margin is the score under the "
         "task's unseen wording less that under the best of the wrong words; shown of each kind is "
         "the best. What the base is asked is the same throughout. AP50, or nats a token, of which "
-        "fewer are better.",
+        "fewer are better. Where gibberish comes near, it fell upon the task's own key among few; "
+        "serving refuses it (see in-distribution scores).",
         results,
     )
 
