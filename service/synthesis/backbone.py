@@ -57,8 +57,10 @@ def read_weights(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for (name, like), offset in zip(wanted.items(), offsets, strict=False):  # the head is last
         dtype = np.dtype(str(like.dtype).removeprefix("torch."))
         flat = np.frombuffer(data, dtype, count=like.numel(), offset=offset).copy()
-        stored = torch.from_numpy(flat).reshape(like.permute(_to_tensorflow(like.ndim)).shape)
-        state[name] = stored.permute(_from_tensorflow(like.ndim)).contiguous()
+        state[name] = torch.empty_like(like)
+        order = (2, 3, 1, 0) if like.ndim == 4 else tuple(reversed(range(like.ndim)))
+        stored = state[name].permute(order)
+        stored.copy_(torch.from_numpy(flat).reshape(stored.shape))
     return state
 
 
@@ -72,12 +74,3 @@ def _read_file() -> bytes:
             f"--no-deps {_PACKAGE}`"
         )
     return data
-
-
-def _to_tensorflow(ndim: int) -> tuple[int, ...]:
-    """Order of torch's dimensions (out, in, height, width) there."""
-    return (2, 3, 1, 0) if ndim == 4 else tuple(reversed(range(ndim)))
-
-
-def _from_tensorflow(ndim: int) -> tuple[int, ...]:
-    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))

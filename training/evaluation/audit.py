@@ -30,13 +30,12 @@ from training.checkpoint import read_tensors, write_text
 from training.detection_examples import encode_scenes
 from training.evaluation.average_precision import score_category
 from training.evaluation.boxes import find_boxes
-from training.evaluation.bundle_base import load_bundle_base
+from training.evaluation.bundle_base import open_bundle_base
 from training.evaluation.memorisation import find_nearest_checkpoint, measure_iou
 from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.updates import UpdateError, compare_beyond_mean, compare_updates
 from training.pipeline import describe_commit
 from training.progress import Report, show_progress
-from training.recipe import Recipe
 from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
 from training.task_vectors import AnyTask
 from training.tasks.detection import load_detection_data
@@ -192,9 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for suite, name in SUITES.items():
         synthesizer = load_synthesizer(BUNDLES_DIR / name)
         bundle = synthesizer.bundle
-        recipe = Recipe.model_validate(bundle.provenance["recipe"])
-        base = load_bundle_base(bundle, recipe)
-        bundle.check_base(base.digest)
+        base, recipe = open_bundle_base(bundle)
         own, _ = read_tensors(RESULTS_DIR / name / "own_adapters.safetensors")
         attachment = Attachment(base.model, bundle.bases)
         tasks: Sequence[AnyTask]

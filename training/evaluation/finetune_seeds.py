@@ -23,24 +23,19 @@ from service.synthesis.attachment import Attachment
 from service.synthesis.bundle import read_bundle
 from service.synthesis.synthesizer import VECTOR_DTYPE
 from service.synthesis.task_encoder import build_task_encoder
-from training.adapters import cut_windows, tokenize_documents
 from training.baselines import TrainingTasks, build_baseline
 from training.checkpoint import write_text
+from training.evaluation.outcomes import FURTHER_SEEDS
 from training.evaluation.report import describe_hardware, name_bundle
-from training.evaluation.text import sum_window_nll
+from training.evaluation.unseen_suites import TextSuite
 from training.pipeline import Pipeline, describe_commit
 from training.progress import show_progress
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.shipped import BUNDLES_DIR, RESULTS_DIR, SUITES
 from training.task_vectors import encoder_spec
-from training.tasks.text import TextTask
-
-SEEDS = (1, 2)
-"""Of fine-tuning; the evaluation's own adapters are of seed 0."""
 
 RESULT_NAME = "finetune_seeds.json"
-
 
 Adapters = dict[str, Float[Tensor, " num_params"]]
 """By task."""
@@ -87,21 +82,15 @@ def score_adapters(
         InvalidTaskDataError: a task holds too few held-out windows.
     """
     base = pipeline.base
+    window_tokens, window_seed = settings["window_tokens"], settings["seed"]
+    suite = TextSuite(base, settings["num_windows"], window_tokens, window_seed)
     attachment = Attachment(base.model, pipeline.bases)
     scores: dict[str, dict[str, float]] = {label: {} for label in adapters}
     with show_progress("score seeds", len(adapters) * len(pipeline.tasks)) as report:
         for task in pipeline.tasks:
-            assert isinstance(task, TextTask), "detection has no windows"
-            windows = cut_windows(
-                tokenize_documents(base, task.test),
-                settings["num_windows"],
-                settings["window_tokens"],
-                settings["seed"],
-            )
             for label, vectors in adapters.items():
-                nll = sum_window_nll(base, attachment, vectors[task.name], windows)
-                predicted = len(windows) * (windows.shape[1] - 1)
-                scores[label][task.name] = float(nll.sum()) / predicted
+                nll = suite.score(attachment, task, vectors[task.name])
+                scores[label][task.name] = suite.read([nll])
                 report(sum(map(len, scores.values())))
     attachment.detach(base.model)
     return scores
@@ -128,12 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = SUITES["text"]
     bundle = read_bundle(BUNDLES_DIR / name)
     body = dict(bundle.provenance["recipe"])
-    body["finetune"] = {**body["finetune"], "seeds": SEEDS}
+    body["finetune"] = {**body["finetune"], "seeds": FURTHER_SEEDS}
     pipeline = Pipeline(RunDir.open(given.run, Recipe.model_validate(body)))
     bundle.check_base(pipeline.base.digest)
     pipeline.fine_tune_adapters()
-    adapters = {f"own.{seed}": read_own(pipeline, seed) for seed in SEEDS}
-    adapters[f"cond_p_diff.{SEEDS[0]}"] = generate_by_cond_p_diff(pipeline, SEEDS[0])
+    adapters = {f"own.{seed}": read_own(pipeline, seed) for seed in FURTHER_SEEDS}
+    adapters[f"cond_p_diff.{FURTHER_SEEDS[0]}"] = generate_by_cond_p_diff(
+        pipeline, FURTHER_SEEDS[0]
+    )
     evaluation = json.loads((RESULTS_DIR / name / "evaluation.json").read_text(encoding="utf-8"))
     document = {
         "bundle": name_bundle(bundle),

@@ -13,6 +13,10 @@ MIN_SEEDS = 3
 """Fine-tuning seeds from which there is a seed interval."""
 
 
+FURTHER_SEEDS = (1, 2)
+"""Beside seed 0, which bundles are made of."""
+
+
 class Outcome(StrEnum):
     """How a method fares on a task."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from service.synthesis.attachment import Attachment
 from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 from training.checkpoint import write_text
-from training.evaluation.bundle_base import load_bundle_base
+from training.evaluation.bundle_base import open_bundle_base
 from training.evaluation.report import describe_hardware, name_bundle
 from training.evaluation.statistics import Resampled
 from training.evaluation.steering import (
@@ -35,7 +35,6 @@ from training.evaluation.steering import (
 from training.evaluation.unseen_suites import DetectionSuite, TextSuite, UnseenSuite
 from training.pipeline import describe_commit
 from training.progress import Report, show_progress
-from training.recipe import Recipe
 from training.shipped import BUNDLES_DIR, SUITES
 from training.task_vectors import AnyTask
 from training.tasks.detection import load_detection_data
@@ -137,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure_bundle(suite_name: str, folder: Path) -> None:
     synthesizer = load_synthesizer(BUNDLES_DIR / SUITES[suite_name])
     bundle = synthesizer.bundle
-    recipe = Recipe.model_validate(bundle.provenance["recipe"])
-    base = load_bundle_base(bundle, recipe)
-    bundle.check_base(base.digest)
+    base, recipe = open_bundle_base(bundle)
     names = [task.name for task in bundle.tasks]
     suite: UnseenSuite
     tasks: Sequence[AnyTask]

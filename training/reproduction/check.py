@@ -16,7 +16,7 @@ from training.reproduction.row_store import StoredRow, read_table
 from training.reproduction.seed_noise import list_noises, read_text_gaps
 from training.reproduction.tables import LABELS, compare
 from training.reproduction.unseen_results import UNSEEN_DIRS, list_unseen_targets, read_unseen
-from training.reproduction.variants import RANKS, SWEEPS
+from training.reproduction.variants import OURS, RANKS, SWEEPS
 from training.shipped import RESULTS_DIR, SUITES
 
 AP50_TOLERANCE = 0.02
@@ -163,7 +163,7 @@ def _check_ranks(paper: Path) -> Iterator[Verdict]:
         rows: dict[str, StoredRow] = {
             row["method"]: row for row in document["rows"] if row["label"] == {"rank": rank}
         }
-        ours = next((rows[preset] for preset in ("in_context", "token") if preset in rows), None)
+        ours = next((rows[preset] for preset in OURS if preset in rows), None)
         name = f"table 4, rank {rank}"
         if ours is None or "own" not in rows:
             yield Verdict(f"{name}: generated like own", "-", "icm-lora reproduce --table 4", None)

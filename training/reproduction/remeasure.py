@@ -3,16 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from service.inference.base_model import BaseModel
 from service.synthesis.attachment import Attachment
 from service.synthesis.synthesizer import Synthesizer, load_synthesizer
 from training.adapters import cut_windows, tokenize_documents
 from training.detection_examples import encode_scenes
 from training.evaluation.average_precision import score_category
 from training.evaluation.boxes import find_boxes
-from training.evaluation.bundle_base import load_bundle_base
+from training.evaluation.bundle_base import open_bundle_base
 from training.evaluation.text import sum_window_nll
-from training.recipe import Recipe
 from training.reproduction.committed import Evaluation, read_evaluation
 from training.shipped import BUNDLES_DIR, SUITES
 from training.tasks.detection import load_detection_data
@@ -52,7 +50,7 @@ def _remeasure_text(
     evaluation: Evaluation, synthesizer: Synthesizer, draw: random.Random
 ) -> Remeasured:
     before = draw.choice(evaluation.text)
-    base, recipe = _load_base(synthesizer)
+    base, recipe = open_bundle_base(synthesizer.bundle)
     (task,) = load_text_tasks(recipe.tasks.source, [before.name])
     settings = evaluation.document["settings"]
     windows = cut_windows(
@@ -72,7 +70,7 @@ def _remeasure_detection(
     evaluation: Evaluation, synthesizer: Synthesizer, draw: random.Random
 ) -> Remeasured:
     before = draw.choice(evaluation.detection)
-    base, recipe = _load_base(synthesizer)
+    base, recipe = open_bundle_base(synthesizer.bundle)
     data = load_detection_data(recipe.tasks.source, [before.name])
     objects = data.test.objects[: evaluation.document["settings"]["num_scenes"]]
     features = encode_scenes(base, data.test, range(len(objects)))
@@ -81,11 +79,3 @@ def _remeasure_detection(
     found = find_boxes(base, attachment, vector, features, before.description)
     live = score_category(found, objects, before.name).ap50
     return Remeasured(before.name, live, before.ap50["generated"].value)
-
-
-def _load_base(synthesizer: Synthesizer) -> tuple[BaseModel, Recipe]:
-    bundle = synthesizer.bundle
-    recipe = Recipe.model_validate(bundle.provenance["recipe"])
-    base = load_bundle_base(bundle, recipe)
-    bundle.check_base(base.digest)
-    return base, recipe

@@ -16,14 +16,11 @@ from training.evaluation.outcomes import (
 )
 from training.reproduction.committed import read_evaluation
 from training.reproduction.row_store import StoredRow, read_table
-from training.reproduction.variants import FINETUNE_SEED, RANKS
+from training.reproduction.variants import FINETUNE_SEED, OURS, RANKS
 from training.shipped import RESULTS_DIR, SUITES
 
 SHIPPED_RANK = 4
 """Of the shipped detection bundle: rows of Table 4 are further fine-tunings of its adapters."""
-
-PRESETS = ("in_context", "token")
-"""Ours, the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,19 @@ def read_rank_noise(rows: Sequence[StoredRow], rank: int) -> SeedNoise | None:
     """Of a rank of Table 4; None while rows are missing."""
     of_rank = [row for row in rows if row["label"].get("rank") == rank]
     own = [_read_scores(row) for row in of_rank if row["method"] == "own"]
-    ours = [row for preset in PRESETS for row in of_rank if row["method"] == preset]
+    ours = [row for preset in OURS for row in of_rank if row["method"] == preset]
     return _measure(_read_scores(ours[0]), own) if ours else None
 
 
-def read_detection_noise(results: Path = RESULTS_DIR, *, paper: Path) -> SeedNoise | None:
-    """Of Table 1: the bundle's own adapters, and further ones of the same tasks from Table 4."""
+def read_detection_noise(rows: Sequence[StoredRow], results: Path) -> SeedNoise | None:
+    """Of Table 1: the bundle's own adapters, and further ones of the same tasks in Table 4."""
     if not (results / SUITES["detection"] / "evaluation.json").exists():
         return None
     evaluated = read_evaluation("detection", results).detection
     own = {each.name: each.ap50["own"].value for each in evaluated}
     further = [
         _read_scores(row)
-        for row in (read_table(paper, 4) or {"rows": []})["rows"]
+        for row in rows
         if row["method"] == "own"
         and row["label"]["rank"] == SHIPPED_RANK
         and FINETUNE_SEED in row["label"]
@@ -144,7 +141,7 @@ def list_noises(results: Path, paper: Path) -> dict[str, SeedNoise | None]:
     """All of them, by table and rank."""
     rows = (read_table(paper, 4) or {"rows": []})["rows"]
     return {
-        "table 1": read_detection_noise(results, paper=paper),
+        "table 1": read_detection_noise(rows, results),
         "table 2": read_text_noise(results),
         **{f"table 4, rank {rank}": read_rank_noise(rows, rank) for rank in RANKS},
     }

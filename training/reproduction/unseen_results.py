@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from training.evaluation.unseen_shares import MethodShare, render_interval, render_shares
 from training.reproduction.tables import describe_machine
+from training.reproduction.variants import OURS
 
 UNSEEN_DIRS: Mapping[str, str] = {"text": "text-families", "detection": "detection-wide"}
 """Folder of each suite's `unseen.json` in the results."""
@@ -28,9 +29,6 @@ BY_EXAMPLES = "examples"
 
 SIMPLE = ("soup", "nearest", "pca_ridge")
 """What must be beaten on unseen detection tasks; on text everything that uses no examples."""
-
-OURS = ("in_context", "token")
-"""Presets that are no baselines: their rows are ablations."""
 
 _ABOUT: Mapping[str, str] = {
     "text": "Every task is scored by methods that never saw its family: neither its adapters and "

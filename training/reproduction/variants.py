@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import InvalidInputError, InvalidRecipeError
+from training.evaluation.outcomes import FURTHER_SEEDS
 from training.image_vectors import EMBEDDED_CONSE
 from training.recipe import Recipe, read_recipe
 
@@ -16,11 +17,11 @@ RANKS = (1, 2, 4, 8)
 DEPTHS = (10, 11, 12, 13, 14, 20)
 """Convolutional layers each way, of the paper's Table 5."""
 
-FURTHER_FINETUNE_SEEDS = (1, 2)
-"""Own adapters of these say how far apart two fine-tunings of one task are: Table 4."""
+OURS = ("in_context", "token")
+"""Presets that are no baselines."""
 
 FINETUNE_SEED = "fine-tuning seed"
-"""Label of their rows."""
+"""Label of own adapters that say how far apart two fine-tunings of one task are: Table 4."""
 
 PAPER_RECIPE = "paper-detection"
 """Recipe whose section `[generator]` says how preset `paper` is trained."""
@@ -141,7 +142,7 @@ def _vary_rank(recipe: Recipe) -> _Drawn:
         label = {"rank": rank}
         for method in ("own", "soup", "cond_p_diff"):
             yield label, method, changed
-        for seed in FURTHER_FINETUNE_SEEDS:
+        for seed in FURTHER_SEEDS:
             again = change(changed, finetune={"seeds": (seed,)})
             yield {**label, FINETUNE_SEED: seed}, "own", again
         if recipe.generator.preset != "paper":

@@ -27,14 +27,8 @@ from tests.fixtures.tiny_engine import (
     LETTERS,
     EngineKit,
     build_engine,
-    load_chained_base,
     load_random_base,
 )
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> EngineKit:
-    return build_engine(load_chained_base(tmp_path_factory.mktemp("cache")))
 
 
 def test_requests_that_wait_share_a_batch_whatever_their_adapters(kit: EngineKit) -> None:

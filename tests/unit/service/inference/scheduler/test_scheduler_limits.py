@@ -20,16 +20,7 @@ from tests.fixtures.scheduler_kit import (
     run_scheduler,
     start_long,
 )
-from tests.fixtures.tiny_engine import (
-    EngineKit,
-    build_engine,
-    load_chained_base,
-)
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> EngineKit:
-    return build_engine(load_chained_base(tmp_path_factory.mktemp("cache")))
+from tests.fixtures.tiny_engine import EngineKit
 
 
 def test_a_full_queue_refuses_with_a_time_to_retry(kit: EngineKit) -> None:

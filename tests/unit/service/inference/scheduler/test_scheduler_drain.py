@@ -6,9 +6,7 @@ import time
 
 import pytest
 
-from service.errors import (
-    NotReadyError,
-)
+from service.errors import NotReadyError
 from service.inference.scheduler import Scheduler
 from tests.fixtures.scheduler_kit import (
     DEADLINE,
@@ -17,16 +15,7 @@ from tests.fixtures.scheduler_kit import (
     run_scheduler,
     start_long,
 )
-from tests.fixtures.tiny_engine import (
-    EngineKit,
-    build_engine,
-    load_chained_base,
-)
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> EngineKit:
-    return build_engine(load_chained_base(tmp_path_factory.mktemp("cache")))
+from tests.fixtures.tiny_engine import EngineKit
 
 
 def test_drain_finishes_what_was_accepted_and_refuses_the_rest(kit: EngineKit) -> None:
